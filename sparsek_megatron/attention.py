@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseK attention in Megatron's module slots: a self attention that scores tokens, and its core attention.
+
+Core attention never sees hidden states, so the scores are computed in `SparseKSelfAttention` and travel to
+`SparseKCoreAttention` as `attention_bias`, an argument that Megatron hands through untouched.
+
+Legend: s sequence length, b batch, h hidden size, np query heads, ng KV heads, hn head dimension,
+tp = tensor_model_parallel_size; t tokens of packed (THD) sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from sparsek_kernels import sparsek_attention
+from torch import Tensor
+
+from sparsek_megatron import refuse
+from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.scoring import ScoringNetwork
+
+
+def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
+    """cu_seqlens int32 [num_seqs + 1] of packed sequences, the padded ones where given; None for an [s, b] batch.
+
+    Raises NotImplementedError for a format other than "thd" and ValueError where queries and keys differ.
+    """
+    if packed is None:
+        return None
+    if packed.qkv_format != "thd":
+        raise NotImplementedError(f"packed_seq_params.qkv_format={packed.qkv_format!r}: use 'thd'")
+    boundaries = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+    keys = packed.cu_seqlens_kv_padded if packed.cu_seqlens_kv_padded is not None else packed.cu_seqlens_kv
+    if boundaries is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q is None: give the sequence boundaries")
+    if keys is not None and keys is not boundaries and keys.shape != boundaries.shape:
+        raise ValueError(
+            f"packed_seq_params: {boundaries.numel() - 1} query sequences against {keys.numel() - 1} of keys; "
+            "self attention needs the same boundaries for both"
+        )
+    return boundaries.to(torch.int32)
+
+
+def token_positions(length: int, boundaries: Tensor | None, device: torch.device) -> Tensor:
+    """Position of each of `length` tokens [length], restarting at each packed sequence; no device synchronisation."""
+    index = torch.arange(length, device=device)
+    if boundaries is None:
+        return index
+    starts = boundaries.to(index.dtype)
+    sequence = torch.searchsorted(starts, index, right=True) - 1
+    return index - starts[sequence.clamp(min=0)]
+
+
+class SparseKCoreAttention(MegatronModule):
+    """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters, no communication.
+
+    Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale` None means
+    1 / sqrt(hn). `sparsek` None means `SparseKConfig()`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        *,
+        sparsek: SparseKConfig | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        refuse.check_model_config(config)
+        refuse.check_mask_type(attn_mask_type, packed=True)
+        if attention_type != "self":
+            raise NotImplementedError(f"attention_type={attention_type!r}: SparseK attention is self attention")
+        if attention_dropout:
+            raise NotImplementedError(f"attention_dropout={attention_dropout}: use 0")
+        assert config.kv_channels is not None
+        self.sparsek = sparsek or SparseKConfig()
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention output [s, b, np/tp * hn], or [t, np/tp * hn] for packed sequences.
+
+        query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn], or [t, heads, hn]; attention_bias: scores
+        [b, s, ng/tp] fp32.
+        """
+        boundaries = packed_boundaries(packed_seq_params)
+        refuse.check_mask_type(attn_mask_type, packed=boundaries is not None)
+        refuse.check_attention_mask(attention_mask)
+        if attention_bias is None:
+            raise ValueError(
+                "attention_bias is None: SparseKCoreAttention takes its scores there; use it inside SparseKSelfAttention"
+            )
+        if boundaries is None:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        else:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        settings = self.sparsek
+        out = sparsek_attention(
+            query,
+            key,
+            value,
+            attention_bias,
+            topk=settings.topk,
+            window=settings.window,
+            stride=settings.stride,
+            pool=settings.pool,
+            gate=settings.gate,
+            softmax_scale=self.softmax_scale,
+            cu_seqlens=boundaries,
+            backend=settings.backend,
+        )
+        if boundaries is None:
+            return out.transpose(0, 1).flatten(2)
+        return out.squeeze(0).flatten(1)
+
+
+class SparseKSelfAttention(SelfAttention):
+    """Megatron's self attention with a `ScoringNetwork`, whose scores go to the core attention.
+
+    `fused_input_norm` says that the QKV projection contains the layer's input norm (Transformer Engine), so that the
+    hidden states arriving here are the raw residual: the scorer then gets its own norm, unless
+    `sparsek.scorer_norm` decides otherwise. All other arguments are those of `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        *args: Any,
+        sparsek: SparseKConfig | None = None,
+        fused_input_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        refuse.check_model_config(config)
+        super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
+        self.sparsek = sparsek or SparseKConfig()
+        own_norm = fused_input_norm if self.sparsek.scorer_norm is None else self.sparsek.scorer_norm
+        self.scorer = ScoringNetwork(config, self.sparsek, tp_group=self.pg_collection.tp, own_norm=own_norm)
+
+    def scores(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+        """Scores [b, s, ng/tp] fp32 of the whole sequence; hidden_states [s, b, h], its shard under sequence parallel."""
+        length = hidden_states.shape[0] * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
+        boundaries = packed_boundaries(packed_seq_params)
+        return self.scorer(hidden_states, token_positions(length, boundaries, hidden_states.device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        *args: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        inference_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [s, b, h] (its shard under sequence parallelism) and bias, as `SelfAttention.forward`.
+
+        Raises NotImplementedError for inference contexts, an attention bias, or a mask that is not plain causal.
+        """
+        refuse.check_inference(inference_context if inference_context is not None else inference_params)
+        refuse.check_attention_mask(attention_mask)
+        if attention_bias is not None:
+            raise NotImplementedError("attention_bias: SparseK attention takes none; remove it (use RoPE for positions)")
+        return super().forward(
+            hidden_states,
+            None,  # pyright: ignore[reportArgumentType]
+            key_value_states,
+            None,
+            *args,
+            attention_bias=self.scores(hidden_states, packed_seq_params),
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+    def _checkpointed_attention_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_unused: Any,
+    ) -> Tensor:
+        """Selective recompute with the scores as an explicit input of the checkpoint.
+
+        Megatron closes over `attention_bias`; a tensor that carries gradients must be an input instead, or backward
+        walks the scorer's graph twice.
+        """
+
+        def core(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+            return self.core_attention(
+                query,
+                key,
+                value,
+                None,
+                attn_mask_type=attn_mask_type or self.attn_mask_type,
+                attention_bias=scores,
+                packed_seq_params=packed_seq_params,
+            )
+
+        return tensor_parallel.checkpoint(core, False, query, key, value, attention_bias)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that depends on the version of megatron-core or on an optional package. No other file asks."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.package_info import __version__ as MCORE_VERSION
+from megatron.core.transformer import torch_norm, transformer_block
+
+MINIMUM_MCORE = (0, 16, 1)
+FIRST_UNSUPPORTED_MCORE = (0, 20, 0)
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Numeric part of a version: "0.19.2" and "0.19.2rc1" give (0, 19, 2)."""
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = "".join(c for i, c in enumerate(part) if part[: i + 1].isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def require_supported_mcore() -> None:
+    """Raises ImportError where the installed megatron-core is outside the supported range."""
+    found = version_tuple(MCORE_VERSION)
+    if not MINIMUM_MCORE <= found < FIRST_UNSUPPORTED_MCORE:
+        raise ImportError(
+            f"megatron-core {MCORE_VERSION} is not supported: install megatron-core>=0.16.1,<0.20 "
+            "(0.16.1 is the newest for Python 3.11, 0.19 needs Python 3.12)"
+        )
+
+
+def have_transformer_engine() -> bool:
+    """Whether megatron-core found Transformer Engine."""
+    return bool(transformer_block.HAVE_TE)
+
+
+def apex_fused_norms() -> tuple[Any, Any] | None:
+    """Apex's (fused_rms_norm_affine, fused_layer_norm_affine), or None where NVIDIA Apex is not installed.
+
+    The PyPI package called `apex` is another project, so the module is looked up by its full name.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        if importlib.util.find_spec("apex.normalization.fused_layer_norm") is None:
+            return None
+        from apex.normalization.fused_layer_norm import (  # pyright: ignore[reportMissingImports]
+            fused_layer_norm_affine,
+            fused_rms_norm_affine,
+        )
+    except ImportError:
+        return None
+    return fused_rms_norm_affine, fused_layer_norm_affine
+
+
+def replace_stock_torch_norm(norm: type) -> None:
+    """Make `norm` the final norm that a bare layer spec gets from `TransformerBlock`.
+
+    megatron-core picks the final norm of a `ModuleSpec` model from a module global. Without TE or Apex that is
+    `WrappedTorchNorm`, which asserts against sequence parallelism, and with Apex alone `FusedLayerNorm`, which
+    asserts against RMSNorm. A spec cannot carry the final norm, so the global is replaced; the replacement computes
+    the same function with the same parameter names. Left alone where TE provides the norm.
+    """
+    if not transformer_block.HAVE_TE:
+        transformer_block.LayerNormImpl = norm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+
+
+def attention_backend_overwrites(config: Any) -> bool:
+    """Whether `config.attention_backend` makes megatron-core replace a spec's core attention (0.19, "local")."""
+    backend = getattr(getattr(config, "attention_backend", None), "name", None)
+    return backend == "local" and version_tuple(MCORE_VERSION) >= (0, 17, 0)
+
+
+def is_plain_norm(slot: Any) -> bool:
+    """Whether a q_layernorm/k_layernorm slot of a stock local spec holds a norm that `QKNorm` replaces."""
+    return slot is torch_norm.WrappedTorchNorm or getattr(slot, "__name__", "") == "FusedLayerNorm"
