@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenize documents in parallel into Megatron's `IndexedDataset` files (`.bin`, `.idx`) and a `.json` beside them."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from tqdm import tqdm
+
+from sparsek_megatron.data.corpus import Document
+from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.files import atomic_write, fsync_path, publish, temporary_sibling
+
+SUFFIXES = (".bin", ".json", ".idx")  # the order of publishing: a dataset exists once its index does
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What a dataset's `.json` says. `unigram_entropy` is in nats per token, of the dataset's own token counts."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    documents: int
+    tokens: int
+    unigram_entropy: float
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution with these counts: the least loss of any model without context."""
+    present = counts[counts > 0].astype(np.float64)
+    probabilities = present / present.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def read_card(prefix: str) -> DatasetCard | None:
+    """The card of the dataset at `prefix`; None for data that another program prepared without one.
+
+    Raises:
+        UserError: the card exists but cannot be read.
+    """
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return None
+    try:
+        return DatasetCard(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: not a dataset card; prepare the data again with examples/prepare_data.py") from None
+
+
+def existing_files(prefix: str) -> list[str]:
+    """Which files of the dataset at `prefix` exist."""
+    return [prefix + suffix for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
+
+
+class DatasetWriter:
+    """Writes one dataset aside and publishes all its files at the end; leaves nothing behind on failure."""
+
+    def __init__(self, prefix: str, tokenizer: SentencePieceTokenizer):
+        self.prefix = prefix
+        self._tokenizer = tokenizer
+        self._final = {suffix: Path(prefix + suffix) for suffix in SUFFIXES}
+        self._partial = {suffix: temporary_sibling(path) for suffix, path in self._final.items()}
+        self._builder = IndexedDatasetBuilder(
+            str(self._partial[".bin"]), dtype=DType.optimal_dtype(tokenizer.vocab_size)
+        )
+        self._counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        self.documents = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document's token ids, end-of-document token included."""
+        self._builder.add_document(ids, [len(ids)])  # pyright: ignore[reportArgumentType]
+        self._counts += np.bincount(ids, minlength=len(self._counts))
+        self.documents += 1
+
+    def finish(self) -> DatasetCard:
+        """Make the files durable and give them their names."""
+        self._builder.finalize(str(self._partial[".idx"]))
+        card = DatasetCard(
+            tokenizer_sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            documents=self.documents,
+            tokens=int(self._counts.sum()),
+            unigram_entropy=unigram_entropy(self._counts),
+        )
+        with atomic_write(self._partial[".json"]) as stream:
+            json.dump(asdict(card), stream, indent=1)
+        for suffix in SUFFIXES:
+            fsync_path(self._partial[suffix])
+        for suffix in SUFFIXES:
+            publish(self._partial[suffix], self._final[suffix])
+        return card
+
+    def discard(self) -> None:
+        """Remove whatever was written aside."""
+        self._builder.data_file.close()
+        for partial in self._partial.values():
+            partial.unlink(missing_ok=True)
+
+
+_worker_tokenizer: SentencePieceTokenizer
+
+
+def _start_worker(model: bytes) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = SentencePieceTokenizer(model)
+
+
+def _encode(document: Document) -> tuple[str, np.ndarray, int]:
+    ids = [*_worker_tokenizer.tokenize(document.text), _worker_tokenizer.eod]
+    return document.name, np.asarray(ids, dtype=np.int64), len(document.text)
+
+
+def encode_documents(
+    documents: Iterable[Document], model: bytes, *, workers: int, total_bytes: int, label: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Token ids of each document followed by end-of-document, in the order given, on `workers` processes.
+
+    Args:
+        model: the SentencePiece model's bytes.
+        total_bytes: size of the corpus, for the progress bar alone.
+    """
+    # Fork: a spawned worker would import this module's torch and megatron again, for longer than small corpora take.
+    context = multiprocessing.get_context("fork")
+    with (
+        tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, mininterval=0.5) as bar,
+        context.Pool(workers, initializer=_start_worker, initargs=(model,)) as pool,
+    ):
+        for name, ids, size in pool.imap(_encode, documents, chunksize=16):
+            bar.update(size)
+            yield name, ids
+        bar.update(max(0, total_bytes - bar.n))

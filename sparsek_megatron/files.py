@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either complete or absent: write aside, fsync, rename."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from sparsek_megatron.errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name next to `path`, on the same file system, that no reader looks for."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under `path` only once the block ends without an exception."""
+    partial = temporary_sibling(path)
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename a finished file or folder into place and make the new name durable."""
+    os.replace(partial, final)
+    fsync_path(final.parent)
+
+
+def require_writable_folder(folder: Path, flag: str) -> None:
+    """Create `folder` if needed and prove that files can be written there.
+
+    Raises:
+        UserError: naming `flag`, when the folder cannot be created or written.
+    """
+    probe = folder / f".write-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+    except OSError as err:
+        raise UserError(f"{flag} {folder}: cannot write there ({err.strerror}); choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def require_free_space(folder: Path, needed_bytes: int, flag: str) -> None:
+    """Raise `UserError` when the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{flag} {folder}: {needed_bytes / 1e9:.2f} GB needed but {free / 1e9:.2f} GB free on that disk; "
+            "free some space or choose another folder"
+        )
