@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions of selection: checks of the arguments, then the backend."""
+
+from __future__ import annotations
+
+import torch
+
+from . import torch_backend
+from .geometry import Geometry
+from .threshold import MAX_POOL
+from .types import Selection, SelectionState
+
+MAX_KEYS = (1 << 31) - 1
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return value
+
+
+def _pool_size(topk: int, pool: int | None, hard: bool) -> int:
+    if hard:
+        if pool not in (None, topk):
+            raise ValueError(f"pool must be None or topk ({topk}) with hard=True, got {pool!r}")
+        return topk
+    size = 4 * topk if pool is None else _positive("pool", pool)
+    if size <= topk:
+        raise ValueError(
+            f"pool must be greater than topk ({topk}), got {size}; pass hard=True for gates of 1 and pool = topk"
+        )
+    return size
+
+
+def _check_scores(scores: object) -> torch.Tensor:
+    if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
+        kind = scores.dtype if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"scores must be a float32 tensor, got {kind}; compute scores in float32")
+    if scores.dim() != 3:
+        raise ValueError(f"scores must be [b, s, num_query_groups], got shape {tuple(scores.shape)}")
+    return scores.detach()
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: bool) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape [num_seqs + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if scores.shape[0] != 1:
+        raise ValueError(f"scores must have batch 1 with cu_seqlens, got batch {scores.shape[0]}")
+    if cu_seqlens.device != scores.device:
+        raise ValueError(f"cu_seqlens must be on {scores.device} like scores, got {cu_seqlens.device}")
+    if check or not cu_seqlens.is_cuda:
+        values = cu_seqlens.tolist()
+        if (
+            values[0] != 0
+            or any(x > y for x, y in zip(values, values[1:], strict=False))
+            or values[-1] > scores.shape[1]
+        ):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at or before s = {scores.shape[1]}, got {values}"
+            )
+
+
+def _check_state(state: SelectionState, scores: torch.Tensor, pool: int, window: int, stride: int) -> None:
+    rows = (scores.shape[0], scores.shape[2])
+    expected = {
+        "pool_scores": (*rows, pool),
+        "pool_index": (*rows, pool),
+        "recent_scores": (*rows, window + stride - 1),
+        "threshold": rows,
+    }
+    for name, shape in expected.items():
+        tensor = getattr(state, name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"state.{name} must have shape {shape}, got {tuple(tensor.shape)}; "
+                "continue with the topk, window, stride and pool that made the state"
+            )
+        if tensor.device != scores.device:
+            raise ValueError(f"state.{name} must be on {scores.device} like scores, got {tensor.device}")
+
+
+def _check_values(scores: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    used = scores if cu_seqlens is None else scores[:, : int(cu_seqlens[-1])]
+    bad = ~torch.isfinite(used)
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"scores must be finite, got {used[where].item()} at {where}")
+
+
+def select(
+    scores: torch.Tensor,
+    *,
+    topk: int,
+    window: int,
+    stride: int = 64,
+    pool: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    state: SelectionState | None = None,
+    return_state: bool = False,
+    hard: bool = False,
+    backend: str = "auto",
+    check: bool = False,
+) -> Selection:
+    """Which keys every query attends to, and the threshold of their gates, in time linear in s.
+
+    scores      [b, s, hkv] float32, any strides: one score per key and KV head (all query heads of a group share it).
+                The result is not differentiable; its score gradient is `score_gradient`.
+    topk        selected keys per query, >= 1.
+    window      tokens before the refresh point that every query attends to, >= 1.
+    stride      queries per refresh point, >= 1.
+    pool        keys the threshold is solved over; default 4 * topk; topk < pool <= 16,384.
+    cu_seqlens  [num_seqs + 1] int32 on the scores' device: sequences packed along s (b = 1), each selected alone.
+                Scores past cu_seqlens[-1] are never read. Empty sequences are allowed.
+    state       continue after the tokens of an earlier call: the result is bitwise that of one call over both.
+    return_state  also compute `Selection.state`.
+    hard        pool = topk: all gates 1, no score gradient.
+    backend     "triton" (CUDA), "torch" (any device, synchronises), "auto": by the scores' device.
+    check       also refuse non-finite scores and malformed cu_seqlens. Reads device data, hence synchronises; on the CPU
+                cu_seqlens are always checked. Without it non-finite scores select unspecified keys.
+
+    Raises ValueError for bad arguments and NotImplementedError for `cu_seqlens` together with a state.
+    """
+    scores = _check_scores(scores)
+    topk, window, stride = _positive("topk", topk), _positive("window", window), _positive("stride", stride)
+    size = _pool_size(topk, pool, hard)
+    if size > MAX_POOL:
+        raise ValueError(f"pool must be at most {MAX_POOL}, got {size}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+    if scores.shape[1] + size + window + stride > MAX_KEYS:
+        raise ValueError(f"s + pool + window + stride must be at most {MAX_KEYS}, got s = {scores.shape[1]}")
+    if cu_seqlens is not None:
+        if state is not None or return_state:
+            raise NotImplementedError(
+                "cu_seqlens cannot be combined with state: carry one state per sequence"
+            )
+        _check_cu_seqlens(cu_seqlens, scores, check)
+    if state is not None:
+        _check_state(state, scores, size, window, stride)
+    if check:
+        _check_values(scores, cu_seqlens)
+    if cu_seqlens is not None:
+        return torch_backend.select_packed(
+            scores, cu_seqlens, topk=topk, window=window, stride=stride, pool=size, hard=hard
+        )
+    geometry = _geometry(scores, size, window, stride, state)
+    return torch_backend.select_rows(
+        scores, topk=topk, geometry=geometry, hard=hard, state=state, return_state=return_state
+    )
+
+
+def _geometry(
+    scores: torch.Tensor, pool: int, window: int, stride: int, state: SelectionState | None
+) -> Geometry:
+    past = 0 if state is None else state.length
+    return Geometry(
+        past=past, s=scores.shape[1], window=window, stride=stride, pool=pool, stateful=state is not None
+    )
+
+
+def pool_indices(
+    scores: torch.Tensor,
+    *,
+    topk: int,
+    window: int,
+    stride: int = 64,
+    pool: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    state: SelectionState | None = None,
+    hard: bool = False,
+) -> torch.Tensor:
+    """Key indices of the pool at every refresh slot: [b, hkv, R, pool] int64, score descending, -1 past its end.
+
+    Arguments as in `select`. Indices count as in `Selection` (0 ... E - 1). The first `topk` entries are the selected
+    keys, and `sparsek(scores of the pool, topk)` their gates. Reference for differentiable attention: torch only, and
+    memory of R * pool.
+    """
+    scores = _check_scores(scores)
+    topk, window, stride = _positive("topk", topk), _positive("window", window), _positive("stride", stride)
+    size = _pool_size(topk, pool, hard)
+    if cu_seqlens is not None:
+        if state is not None:
+            raise NotImplementedError(
+                "cu_seqlens cannot be combined with state: carry one state per sequence"
+            )
+        _check_cu_seqlens(cu_seqlens, scores, True)
+        return torch_backend.pool_packed(scores, cu_seqlens, window=window, stride=stride, pool=size)
+    if state is not None:
+        _check_state(state, scores, size, window, stride)
+    return torch_backend.pool_rows(
+        scores, geometry=_geometry(scores, size, window, stride, state), state=state
+    )
