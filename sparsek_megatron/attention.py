@@ -29,7 +29,7 @@ from sparsek_megatron.scoring import ScoringNetwork
 
 
 def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
-    """cu_seqlens int32 [num_seqs + 1] of packed sequences, the padded ones where given; None for an [s, b] batch.
+    """cu_seqlens int32 [num_seqs + 1] of packed sequences, the padded ones where given; None if not packed.
 
     Raises NotImplementedError for a format other than "thd" and ValueError where queries and keys differ.
     """
@@ -43,14 +43,14 @@ def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
         raise ValueError("packed_seq_params.cu_seqlens_q is None: give the sequence boundaries")
     if keys is not None and keys is not boundaries and keys.shape != boundaries.shape:
         raise ValueError(
-            f"packed_seq_params: {boundaries.numel() - 1} query sequences against {keys.numel() - 1} of keys; "
-            "self attention needs the same boundaries for both"
+            f"packed_seq_params: {boundaries.numel() - 1} query sequences against {keys.numel() - 1} of "
+            "keys; self attention needs the same boundaries for both"
         )
     return boundaries.to(torch.int32)
 
 
 def token_positions(length: int, boundaries: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each of `length` tokens [length], restarting at each packed sequence; no device synchronisation."""
+    """Position of each token [length], restarting at each packed sequence. Never synchronises the device."""
     index = torch.arange(length, device=device)
     if boundaries is None:
         return index
@@ -62,8 +62,8 @@ def token_positions(length: int, boundaries: Tensor | None, device: torch.device
 class SparseKCoreAttention(MegatronModule):
     """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters, no communication.
 
-    Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale` None means
-    1 / sqrt(hn). `sparsek` None means `SparseKConfig()`.
+    Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale`
+    None means 1 / sqrt(hn). `sparsek` None means `SparseKConfig()`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SparseKCoreAttention(MegatronModule):
         refuse.check_model_config(config)
         refuse.check_mask_type(attn_mask_type, packed=True)
         if attention_type != "self":
-            raise NotImplementedError(f"attention_type={attention_type!r}: SparseK attention is self attention")
+            raise NotImplementedError(f"attention_type={attention_type!r}: SparseK is self attention")
         if attention_dropout:
             raise NotImplementedError(f"attention_dropout={attention_dropout}: use 0")
         assert config.kv_channels is not None
@@ -113,7 +113,8 @@ class SparseKCoreAttention(MegatronModule):
         refuse.check_attention_mask(attention_mask)
         if attention_bias is None:
             raise ValueError(
-                "attention_bias is None: SparseKCoreAttention takes its scores there; use it inside SparseKSelfAttention"
+                "attention_bias is None: SparseKCoreAttention takes its scores there; use it inside "
+                "SparseKSelfAttention"
             )
         if boundaries is None:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -142,8 +143,8 @@ class SparseKCoreAttention(MegatronModule):
 class SparseKSelfAttention(SelfAttention):
     """Megatron's self attention with a `ScoringNetwork`, whose scores go to the core attention.
 
-    `fused_input_norm` says that the QKV projection contains the layer's input norm (Transformer Engine), so that the
-    hidden states arriving here are the raw residual: the scorer then gets its own norm, unless
+    `fused_input_norm` says that the QKV projection contains the layer's input norm (Transformer Engine), so
+    that the hidden states arriving here are the raw residual: the scorer then gets its own norm, unless
     `sparsek.scorer_norm` decides otherwise. All other arguments are those of `SelfAttention`.
     """
 
@@ -165,8 +166,13 @@ class SparseKSelfAttention(SelfAttention):
         self.scorer = ScoringNetwork(config, self.sparsek, tp_group=self.pg_collection.tp, own_norm=own_norm)
 
     def scores(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
-        """Scores [b, s, ng/tp] fp32 of the whole sequence; hidden_states [s, b, h], its shard under sequence parallel."""
-        length = hidden_states.shape[0] * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
+        """Scores [b, s, ng/tp] fp32 of the whole sequence.
+
+        hidden_states [s, b, h], this rank's shard of it under sequence parallelism.
+        """
+        length = hidden_states.shape[0] * (
+            self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        )
         boundaries = packed_boundaries(packed_seq_params)
         return self.scorer(hidden_states, token_positions(length, boundaries, hidden_states.device))
 
@@ -184,12 +190,13 @@ class SparseKSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Output [s, b, h] (its shard under sequence parallelism) and bias, as `SelfAttention.forward`.
 
-        Raises NotImplementedError for inference contexts, an attention bias, or a mask that is not plain causal.
+        Raises NotImplementedError for inference contexts, an attention bias, or a mask that is not plain
+        causal.
         """
         refuse.check_inference(inference_context if inference_context is not None else inference_params)
         refuse.check_attention_mask(attention_mask)
         if attention_bias is not None:
-            raise NotImplementedError("attention_bias: SparseK attention takes none; remove it (use RoPE for positions)")
+            raise NotImplementedError("attention_bias: not supported; use RoPE for relative positions")
         return super().forward(
             hidden_states,
             None,  # pyright: ignore[reportArgumentType]
@@ -215,12 +222,14 @@ class SparseKSelfAttention(SelfAttention):
     ) -> Tensor:
         """Selective recompute with the scores as an explicit input of the checkpoint.
 
-        Megatron closes over `attention_bias`; a tensor that carries gradients must be an input instead, or backward
-        walks the scorer's graph twice.
+        Megatron closes over `attention_bias`; a tensor that carries gradients must be an input instead, or
+        backward walks the scorer's graph twice.
         """
 
+        core_attention: Any = self.core_attention
+
         def core(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
-            return self.core_attention(
+            return core_attention(
                 query,
                 key,
                 value,

@@ -60,19 +60,20 @@ def apex_fused_norms() -> tuple[Any, Any] | None:
 def replace_stock_torch_norm(norm: type) -> None:
     """Make `norm` the final norm that a bare layer spec gets from `TransformerBlock`.
 
-    megatron-core picks the final norm of a `ModuleSpec` model from a module global. Without TE or Apex that is
-    `WrappedTorchNorm`, which asserts against sequence parallelism, and with Apex alone `FusedLayerNorm`, which
-    asserts against RMSNorm. A spec cannot carry the final norm, so the global is replaced; the replacement computes
-    the same function with the same parameter names. Left alone where TE provides the norm.
+    megatron-core picks the final norm of a `ModuleSpec` model from a module global. Without TE or Apex that
+    is `WrappedTorchNorm`, which asserts against sequence parallelism, and with Apex alone `FusedLayerNorm`,
+    which asserts against RMSNorm. A spec cannot carry the final norm, so the global is replaced; the
+    replacement computes the same function with the same parameter names. Left alone where TE provides the
+    norm.
     """
     if not transformer_block.HAVE_TE:
         transformer_block.LayerNormImpl = norm  # pyright: ignore[reportAttributeAccessIssue]
 
 
-
-
 def attention_backend_overwrites(config: Any) -> bool:
-    """Whether `config.attention_backend` makes megatron-core replace a spec's core attention (0.19, "local")."""
+    """Whether `config.attention_backend` makes megatron-core replace a spec's core attention (0.19,
+    "local").
+    """
     backend = getattr(getattr(config, "attention_backend", None), "name", None)
     return backend == "local" and version_tuple(MCORE_VERSION) >= (0, 17, 0)
 

@@ -44,19 +44,22 @@ class SparseKConfig:
     scorer_hidden_size  width of the "mlp" scorer; None means hidden_size // 4
     score_spread      standard deviation of the scores at initialisation, for a normalised input. It acts as a
                       temperature: gates are 1 wide in units of score
-    scorer_norm       True gives the scorer a norm of its own, False none; None adds one exactly where the layer's
-                      input norm is fused into the QKV projection and the scorer would see the raw residual (TE)
+    scorer_norm       True gives the scorer a norm of its own, False none; None adds one exactly where the
+                      layer's input norm is fused into the QKV projection and the scorer would see the raw
+                      residual (TE)
     position_slope    adds the learnable term slope * position / reference_length to the score
     reference_length  L_ref in tokens, a constant of the model saved in its checkpoint; None means the model
                       config's max_position_embeddings, or 131,072 where it has none
     detach_hidden     scores send no gradient into the hidden states, only into the scorer
     scorer_lr_mult    learning-rate multiplier of the scorer's parameters (`sparsek_megatron.optimizer`)
-    overflow_warning  warn when the pool cut off the support of the unbounded operator at more than this fraction
-                      of refresh points; None never checks. Checked every `overflow_interval` training forwards
+    overflow_warning  warn when the pool cut off the support of the unbounded operator at more than this
+                      fraction of refresh points; None never checks. Checked every `overflow_interval`
+                      training forwards
 
     Layers:
 
-    dense_layers      global layer indices that keep the stock dense attention; negative ones count from the end
+    dense_layers      global layer indices that keep the stock dense attention; negative ones count from the
+                      end
     dense_every       also keeps every Nth layer dense: indices N - 1, 2N - 1, ...; None for no such layers
 
     Raises ValueError naming the field, its value and the fix.
@@ -109,17 +112,20 @@ class SparseKConfig:
         if isinstance(self.dense_layers, (str, int)) or not all(
             isinstance(i, int) and not isinstance(i, bool) for i in self.dense_layers
         ):
-            raise ValueError(f"dense_layers={self.dense_layers!r}: must be a sequence of layer indices, like (0, -1)")
+            raise ValueError(f"dense_layers={self.dense_layers!r}: must be layer indices, like (0, -1)")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     def _check_pool(self) -> None:
         assert self.pool is not None
         if self.hard_selection and self.pool != self.topk:
             raise ValueError(
-                f"hard_selection=True needs pool == topk, got pool={self.pool}, topk={self.topk}: leave pool out"
+                f"hard_selection=True needs pool == topk, got pool={self.pool}, topk={self.topk}: leave "
+                "pool out"
             )
         if self.pool < self.topk:
-            raise ValueError(f"pool={self.pool} is below topk={self.topk}: use pool > topk, by default 4 * topk")
+            raise ValueError(
+                f"pool={self.pool} is below topk={self.topk}: use pool > topk (default 4 * topk)"
+            )
         if self.pool == self.topk and not self.hard_selection:
             raise ValueError(
                 f"pool={self.pool} equals topk: every gate would be 1 and the scorer would not train; "

@@ -56,13 +56,14 @@ def _current_device() -> torch.device:
 def enable_cpu() -> None:
     """Let megatron-core build and run models on CPU in this process, with gloo as the collective backend.
 
-    Replaces three things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two functions
-    that read and set the CUDA RNG state; and the RNG tracker. Call it before
+    Replaces three things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two
+    functions that read and set the CUDA RNG state; and the RNG tracker. Call it before
     `tensor_parallel.model_parallel_cuda_manual_seed`, and build models with `use_cpu_initialization=True`.
-    Calling it twice is harmless. Raises RuntimeError where CUDA is available: there it would misplace tensors.
+    Calling it twice is harmless. Raises RuntimeError where CUDA is available: there it would misplace
+    tensors.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("enable_cpu() on a machine with CUDA: hide the GPUs first (CUDA_VISIBLE_DEVICES='')")
+        raise RuntimeError("enable_cpu() on a machine with CUDA: hide the GPUs first (CUDA_VISIBLE_DEVICES=)")
     torch.cuda.current_device = _current_device  # pyright: ignore[reportAttributeAccessIssue]
     mcore_random._get_cuda_rng_state = _get_rng_state
     mcore_random._set_cuda_rng_state = _set_rng_state

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """x @ w with few output columns, in fp32, where a row's result does not depend on the other rows.
 
-Selection is discontinuous, so the same token must get bitwise the same score whatever shard or chunk it arrives in
-(tensor parallel sizes, recompute, chunked prefill). A library matmul picks its reduction order by shape and does not
-promise that; here every row is reduced in one fixed order.
+Selection is discontinuous, so the same token must get bitwise the same score whatever shard or chunk it
+arrives in (tensor parallel sizes, recompute, chunked prefill). A library matmul picks its reduction order by
+shape and does not promise that; here every row is reduced in one fixed order.
 
 Legend: rows = tokens, h = hidden size, n = num_query_groups.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,9 @@ def _linear_score_kernel(
     x, w, out, rows, hidden, columns, stride_x, stride_w,
     BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(rows / BLOCK_ROWS),): one program owns BLOCK_ROWS rows and all columns, so nothing is combined."""
+    """Grid (ceil(rows / BLOCK_ROWS),): one program owns BLOCK_ROWS rows and all columns, so nothing is
+    combined.
+    """
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_col = tl.arange(0, BLOCK_COLUMNS)
     o_hid = tl.arange(0, BLOCK_HIDDEN)
@@ -60,7 +64,8 @@ def linear_score_triton(x: Tensor, w: Tensor) -> Tensor:
     rows, hidden = x.shape
     columns = w.shape[1]
     out = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
-    _linear_score_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+    kernel: Any = _linear_score_kernel
+    kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
         x, w, out, rows, hidden, columns, x.stride(0), w.stride(0),
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_HIDDEN=BLOCK_HIDDEN,

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm for every norm slot of a spec, right under sequence parallelism.
 
-Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the gradient of the
-replicated weight is a partial sum. Here the weight enters the computation through
-`copy_to_tensor_model_parallel_region` (identity forward, all-reduce backward): its gradient is complete as soon as
-backward has run, under Megatron's optimizer, DeepSpeed, plain autograd and recompute alike. The `sequence_parallel`
-attribute is therefore not set on the weight: with it, Megatron would sum a second time.
+Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the gradient
+of the replicated weight is a partial sum. Here the weight enters the computation through
+`copy_to_tensor_model_parallel_region` (identity forward, all-reduce backward): its gradient is complete as
+soon as backward has run, under Megatron's optimizer, DeepSpeed, plain autograd and recompute alike. The
+`sequence_parallel` attribute is therefore not set on the weight: with it, Megatron would sum a second time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,17 @@ from sparsek_megatron import compat
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
-    Input [..., hidden_size], sharded along the sequence where `config.sequence_parallel`; output of the same shape
-    and dtype (of `params_dtype` with `fp32_residual_connection`, whose residual is fp32). `layernorm_zero_centered_gamma` stores weight - 1. Apex's fused kernels run where NVIDIA Apex is
+    Input [..., hidden_size], sharded along the sequence where `config.sequence_parallel`; output of the same
+    shape and dtype (of `params_dtype` with `fp32_residual_connection`, whose residual is fp32).
+    `layernorm_zero_centered_gamma` stores weight - 1. Apex's fused kernels run where NVIDIA Apex is
     installed and the input is on CUDA, torch's otherwise; both reduce in fp32.
 
     Raises NotImplementedError for another `config.normalization`.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__()
         if config.normalization not in ("RMSNorm", "LayerNorm"):
             raise NotImplementedError(
@@ -83,14 +88,17 @@ class Norm(torch.nn.Module):
 
 
 class QKNorm(Norm):
-    """The norm of the q_layernorm and k_layernorm slots: over the head dimension, heads sharded by tensor parallelism.
+    """The norm of the q_layernorm and k_layernorm slots: over the head dimension of this rank's heads.
 
-    Its weight is shared by all heads, so its gradient is a partial sum per rank with or without sequence parallelism,
-    and is completed in backward as in `Norm`. Megatron sums gradients of parameters with these slot names itself; the
-    attribute makes it average instead, which leaves complete (equal) gradients as they are.
+    Its weight is shared by all heads, so its gradient is a partial sum per rank with or without sequence
+    parallelism, and is completed in backward as in `Norm`. Megatron sums gradients of parameters with these
+    slot names itself; the attribute makes it average instead, which leaves complete (equal) gradients as
+    they are.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__(config, hidden_size, eps)
         self.reduce_weight_gradient = True
         for parameter in self.parameters():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SparseK attention does not do, refused by name: each check gives the flag and the alternative.
 
-Raised at construction wherever the configuration shows it, since the alternative is a run that silently trains dense
-attention, or attention over the wrong tokens.
+Raised at construction wherever the configuration shows it, since the alternative is a run that silently
+trains dense attention, or attention over the wrong tokens.
 """
 
 from __future__ import annotations
@@ -34,34 +34,41 @@ def check_model_config(config: TransformerConfig) -> None:
         ),
         (
             getattr(config, "qk_clip", False),
-            "--qk-clip: SparseK attention does not report the maximum logit; use --qk-layernorm to bound logits",
+            "--qk-clip: SparseK attention does not report the maximum logit; use --qk-layernorm to bound "
+            "logits",
         ),
         (
             config.multi_latent_attention,
-            "--multi-latent-attention: SparseK selects keys per KV head, MLA has none; use grouped-query attention",
+            "--multi-latent-attention: SparseK selects keys per KV head, MLA has none; use grouped-query "
+            "attention",
         ),
         (
             getattr(config, "experimental_attention_variant", None) is not None,
-            f"--experimental-attention-variant {getattr(config, 'experimental_attention_variant', None)}: it replaces "
+            f"--experimental-attention-variant {getattr(config, 'experimental_attention_variant', None)}: "
+            "it replaces "
             "the core attention; leave it out",
         ),
         (
             config.flash_decode,
-            "--flash-decode: it bypasses core attention and would decode densely; leave it out and generate with "
+            "--flash-decode: it bypasses core attention and would decode densely; leave it out and "
+            "generate with "
             "sparsek_kernels.SparseKCache",
         ),
         (
             getattr(config, "window_size", None) is not None,
-            f"--window-size {getattr(config, 'window_size', None)}: SparseK has its own window; set SparseKConfig.window",
+            f"--window-size {getattr(config, 'window_size', None)}: SparseK has its own window; set "
+            "SparseKConfig.window",
         ),
         (
             config.context_parallel_size > 1,
-            f"--context-parallel-size {config.context_parallel_size}: not supported by this release; use tensor and "
+            f"--context-parallel-size {config.context_parallel_size}: not supported by this release; use "
+            "tensor and "
             "sequence parallelism, whose cost per query is flat in the sequence length",
         ),
         (
             compat.attention_backend_overwrites(config),
-            "--attention-backend local: megatron-core 0.19 then overwrites the core attention of any spec with dense "
+            "--attention-backend local: megatron-core 0.19 then overwrites the core attention of any spec "
+            "with dense "
             "attention; use --attention-backend auto",
         ),
     )
@@ -77,7 +84,8 @@ def check_training_arguments(args: object) -> None:
     """
     if getattr(args, "reset_attention_mask", False) and not getattr(args, "sft", False):
         raise NotImplementedError(
-            "--reset-attention-mask: the mask does not reach SparseK attention and documents would see each other; "
+            "--reset-attention-mask: the mask does not reach SparseK attention and documents would see "
+            "each other; "
             "leave it out, or pass document boundaries as packed_seq_params (cu_seqlens)"
         )
     if getattr(args, "use_torch_fsdp2", False):
@@ -94,7 +102,7 @@ def check_training_arguments(args: object) -> None:
 
 def check_mask_type(attn_mask_type: AttnMaskType | None, *, packed: bool) -> None:
     """Refuse a mask type other than causal (padding_causal counts as causal where sequences are packed)."""
-    allowed = (None, AttnMaskType.causal, AttnMaskType.padding_causal) if packed else (None, AttnMaskType.causal)
+    allowed = [None, AttnMaskType.causal] + [AttnMaskType.padding_causal] * packed
     if attn_mask_type not in allowed:
         raise NotImplementedError(
             f"attn_mask_type={attn_mask_type}: SparseK attention is causal; use AttnMaskType.causal, with "
@@ -108,21 +116,25 @@ _last_causal_mask: tuple[weakref.ref[Tensor], int] | None = None
 def check_attention_mask(mask: Tensor | None) -> None:
     """Refuse an explicit mask that is not plain causal: SparseK attention would not apply it.
 
-    mask [..., s, s] bool, True where attention is masked out, as Megatron's datasets build it. The check reads the
-    whole mask, once per tensor; `--no-create-attention-mask-in-dataloader` saves both.
+    mask [..., s, s] bool, True where attention is masked out, as Megatron's datasets build it. The check
+    reads the whole mask, once per tensor; `--no-create-attention-mask-in-dataloader` saves both.
     """
     global _last_causal_mask
     if mask is None:
         return
-    if _last_causal_mask is not None and _last_causal_mask[0]() is mask and _last_causal_mask[1] == mask._version:
-        return
+    if _last_causal_mask is not None:
+        known, version = _last_causal_mask
+        if known() is mask and version == mask._version:
+            return
     rows, columns = mask.shape[-2:]
     masked_out = mask if mask.dtype == torch.bool else mask > 0.5
     causal = torch.ones(rows, columns, dtype=torch.bool, device=mask.device).triu(1)
     if rows != columns or not bool((masked_out == causal).all()):
         raise NotImplementedError(
-            f"attention_mask {tuple(mask.shape)} is not plain causal, and SparseK attention would not apply it: use "
-            "--no-create-attention-mask-in-dataloader, and packed_seq_params (cu_seqlens) for document boundaries"
+            f"attention_mask {tuple(mask.shape)} is not plain causal, and SparseK attention would not "
+            "apply it: use "
+            "--no-create-attention-mask-in-dataloader, and packed_seq_params (cu_seqlens) for document "
+            "boundaries"
         )
     _last_causal_mask = (weakref.ref(mask), mask._version)
 
@@ -131,6 +143,7 @@ def check_inference(inference_context: object | None) -> None:
     """Refuse megatron-core's inference contexts, which bypass core attention or grow a dense cache."""
     if inference_context is not None:
         raise NotImplementedError(
-            "inference_context: megatron-core's static and dynamic batching run dense attention over a growing cache; "
+            "inference_context: megatron-core's static and dynamic batching run dense attention over a "
+            "growing cache; "
             "generate with sparsek_kernels.SparseKCache, or call the model without an inference context"
         )

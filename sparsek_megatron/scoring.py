@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scoring network: one fp32 score per token and KV head, laid out over tensor-parallel ranks like the KV heads.
+"""The scoring network: one fp32 score per token and KV head, laid out over tensor-parallel ranks like the KV
+heads.
 
     u_j = x_j . w_score + slope * pos_j / L_ref        (x_j: normalised hidden state of token j)
 
-Legend: s sequence length, b batch, h hidden size, n = num_query_groups (KV heads), tp = tensor_model_parallel_size.
+Legend: s sequence length, b batch, h hidden size, n = num_query_groups (KV heads), tp =
+tensor_model_parallel_size.
 
-The weights are replicated over tensor-parallel ranks. Under sequence parallelism a rank holds s / tp tokens, scores
-them for all n KV heads, and the scores (n / h of the bytes of x) change layout from sequence-sharded to head-sharded.
-The weight's gradient is then a partial sum per rank and is summed over the group in backward; without sequence
-parallelism the gradient of the scores is summed instead. Either way every rank ends backward with the complete
-gradient of every parameter, so neither Megatron nor DeepSpeed has anything left to reduce.
+The weights are replicated over tensor-parallel ranks. Under sequence parallelism a rank holds s / tp tokens,
+scores them for all n KV heads, and the scores (n / h of the bytes of x) change layout from sequence-sharded
+to head-sharded. The weight's gradient is then a partial sum per rank and is summed over the group in
+backward; without sequence parallelism the gradient of the scores is summed instead. Either way every rank
+ends backward with the complete gradient of every parameter, so neither Megatron nor DeepSpeed has anything
+left to reduce.
 """
 
 from __future__ import annotations
@@ -44,9 +47,10 @@ def reference_length(config: TransformerConfig, sparsek: SparseKConfig) -> int:
 class ScoringNetwork(MegatronModule):
     """Scores of one layer's tokens for the KV heads of this tensor-parallel rank.
 
-    weight            [h, n], or [m, n] behind `hidden_weight` [h, m] for the "mlp" scorer; initialised so that the
-                      scores of a normalised input have standard deviation `sparsek.score_spread`
-    slope             [n], starts at 0 (zero at construction and no weight decay); absent without `position_slope`
+    weight            [h, n], or [m, n] behind `hidden_weight` [h, m] for the "mlp" scorer; initialised so
+                      that the scores of a normalised input have standard deviation `sparsek.score_spread`
+    slope             [n], starts at 0 (zero at construction and no weight decay); absent without
+                      `position_slope`
     reference_length  L_ref, int64 scalar buffer: saved with the model, and the saved value wins on load
     norm              the scorer's own norm, where `own_norm`
 
@@ -62,6 +66,7 @@ class ScoringNetwork(MegatronModule):
         own_norm: bool = False,
     ) -> None:
         super().__init__(config=config)
+        self.reference_length: Tensor
         assert config.num_query_groups is not None
         self.sparsek = sparsek
         self.tp_group = tp_group
@@ -87,7 +92,9 @@ class ScoringNetwork(MegatronModule):
             parameter.sparsek_scorer = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def reset_parameters(self) -> None:
-        """Initialise in place, from torch's default generator, whose state is the same on all tensor-parallel ranks."""
+        """Initialise in place, from torch's default generator, whose state is the same on all
+        tensor-parallel ranks.
+        """
         self.reference_length.fill_(reference_length(self.config, self.sparsek))
         if self.slope is not None:
             torch.nn.init.zeros_(self.slope)
@@ -106,9 +113,9 @@ class ScoringNetwork(MegatronModule):
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """Scores of the whole sequence for this rank's KV heads.
 
-        hidden_states [s, b, h], or this rank's [s / tp, b, h] under sequence parallelism; positions [s] or [b, s], the
-        position of each token of the whole sequence within its (packed) sequence. Returns [b, s, n / tp] (one head
-        where n < tp) in fp32, or fp64 for fp64 input.
+        hidden_states [s, b, h], or this rank's [s / tp, b, h] under sequence parallelism; positions [s] or
+        [b, s], the position of each token of the whole sequence within its (packed) sequence. Returns [b, s,
+        n / tp] (one head where n < tp) in fp32, or fp64 for fp64 input.
         """
         x = hidden_states.detach() if self.sparsek.detach_hidden else hidden_states
         if self.norm is not None:

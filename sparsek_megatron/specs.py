@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer specs: Megatron's stock specs with the attention slots replaced.
 
-Every spec here is made by calling megatron-core's own spec function and replacing fields of what it returns, so that
-whatever a version adds to a layer arrives unchanged.
+Every spec here is made by calling megatron-core's own spec function and replacing fields of what it returns,
+so that whatever a version adds to a layer arrives unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
 def resolve_implementation(implementation: str | None, config: TransformerConfig | None) -> str:
-    """"local" or "transformer_engine": the argument, else the config's transformer_impl, else TE where installed.
+    """ "local" or "transformer_engine": the argument, else the config's transformer_impl, else TE where
+    installed.
 
     Raises ValueError for another name, and where Transformer Engine is asked for and missing.
     """
@@ -37,7 +38,7 @@ def resolve_implementation(implementation: str | None, config: TransformerConfig
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"transformer_impl={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "transformer_engine" and not compat.have_transformer_engine():
-        raise ValueError("transformer_impl='transformer_engine': Transformer Engine is not installed; use 'local'")
+        raise ValueError("transformer_impl='transformer_engine': it is not installed; use 'local'")
     return implementation
 
 
@@ -51,7 +52,7 @@ def _replace_norms(layer: Any) -> Any:
     return dataclasses.replace(layer, **replaced)
 
 
-def _sparsek_attention(stock: ModuleSpec, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
+def _sparsek_attention(stock: Any, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
     """A stock `SelfAttention` spec with SparseK in the module and core attention slots."""
     replaced: dict[str, Any] = {
         "core_attention": ModuleSpec(module=SparseKCoreAttention, params={"sparsek": sparsek})
@@ -63,16 +64,16 @@ def _sparsek_attention(stock: ModuleSpec, sparsek: SparseKConfig, *, local: bool
     return ModuleSpec(
         module=SparseKSelfAttention,
         params={**stock.params, "sparsek": sparsek, "fused_input_norm": not local},
-        submodules=dataclasses.replace(stock.submodules, **replaced),  # pyright: ignore[reportArgumentType]
+        submodules=dataclasses.replace(stock.submodules, **replaced),
         metainfo=copy.copy(stock.metainfo),
     )
 
 
-def to_sparsek(layer: ModuleSpec, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
+def to_sparsek(layer: Any, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
     """A stock transformer layer spec with SparseK attention, and with our norms where `local`."""
     submodules = dataclasses.replace(
-        layer.submodules,  # pyright: ignore[reportArgumentType]
-        self_attention=_sparsek_attention(layer.submodules.self_attention, sparsek, local=local),  # pyright: ignore
+        layer.submodules,
+        self_attention=_sparsek_attention(layer.submodules.self_attention, sparsek, local=local),
     )
     if local:
         submodules = _replace_norms(submodules)
@@ -93,8 +94,8 @@ def get_sparsek_layer_spec(
     """Spec of a transformer layer with SparseK attention, for `GPTModel(transformer_layer_spec=...)`.
 
     config: the model's configuration, from which arguments left None are read. transformer_impl: "local" or
-    "transformer_engine". Further keywords go to megatron-core's stock spec function. Raises NotImplementedError for
-    configurations that SparseK attention does not support, naming the flag.
+    "transformer_engine". Further keywords go to megatron-core's stock spec function. Raises
+    NotImplementedError for configurations that SparseK attention does not support, naming the flag.
     """
     sparsek = sparsek or SparseKConfig()
     if config is not None:
@@ -127,7 +128,8 @@ def get_sparsek_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers of this pipeline stage and of the final norm, for `GPTModel(transformer_layer_spec=...)`.
+    """Specs of the layers of this pipeline stage and of the final norm, for
+    `GPTModel(transformer_layer_spec=...)`.
 
     As `get_sparsek_layer_spec`, and with the MoE pattern of `config.moe_layer_freq`.
     """
@@ -143,7 +145,8 @@ def get_sparsek_block_spec(
     )
     assert block.layer_specs is not None
     layers = [to_sparsek(layer, sparsek, local=local) for layer in block.layer_specs]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm if local else block.layer_norm)
+    norm: Any = Norm if local else block.layer_norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 sparsek_layer_spec = get_sparsek_layer_spec()
