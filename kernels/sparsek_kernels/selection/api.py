@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from . import torch_backend
@@ -54,7 +56,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: boo
         values = cu_seqlens.tolist()
         if (
             values[0] != 0
-            or any(x > y for x, y in zip(values, values[1:], strict=False))
+            or any(x > y for x, y in pairwise(values))
             or values[-1] > scores.shape[1]
         ):
             raise ValueError(

@@ -8,6 +8,7 @@ the order-preserving integer image of the float32 score in the high word, the co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -182,6 +183,7 @@ def select_rows(
         stride=geometry.stride,
         pool=geometry.pool,
         state=after,
+        past=geometry.past,
     )
 
 
@@ -241,7 +243,7 @@ def select_packed(
 ) -> Selection:
     """`select` for sequences packed along s (b = 1): each alone, placed at its slots and tokens."""
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     s, heads, device = scores.shape[1], scores.shape[2], scores.device
     tile = list_tile(stride)
     capacity = s // stride + len(lengths)
@@ -294,7 +296,7 @@ def pool_packed(
 ) -> torch.Tensor:
     """`pool_rows` for packed sequences; unused slots are -1."""
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     slots = packed_slots(lengths, stride)
     shape = (1, scores.shape[2], scores.shape[1] // stride + len(lengths), pool)
     out = torch.full(shape, -1, dtype=torch.int64, device=scores.device)

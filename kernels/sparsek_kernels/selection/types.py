@@ -66,6 +66,7 @@ class Selection:
     fraction_end   [b, hkv, E] int32
     fraction_size  [b, hkv, R] int32, |F| per refresh slot (members outside the top-k included)
     state          the `SelectionState` after the last token, when asked for, else None
+    past           P, tokens consumed before this call: the length of the incoming state, else 0
 
     With `cu_seqlens`, slots and tiles restart at each sequence: the slot of query i of sequence a is
     sum_{a' < a} ceil(len_a' / stride) + (i - start_a) // stride in a capacity of R = s // stride + num_seqs, and list
@@ -87,6 +88,7 @@ class Selection:
     pool: int
     cu_seqlens: torch.Tensor | None = None
     state: SelectionState | None = None
+    past: int = 0
 
     @property
     def list_tile(self) -> int:
