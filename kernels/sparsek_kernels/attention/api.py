@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sparsek_attention`: argument checks, choice of backend, selection and attention in one call."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsek_kernels.attention.reference import torch_attention
+
+GATES = ("key_value", "value", "logit")
+BACKENDS = ("auto", "triton", "torch")
+
+
+def sparsek_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    topk: int,
+    window: int,
+    stride: int = 64,
+    pool: int | None = None,
+    gate: str = "key_value",
+    softmax_scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal attention to a sliding window and to the `topk` best-scored older keys, differentiable in the scores.
+
+    For query i with refresh point c = stride * (i // stride), keys c - window < j <= i are attended with gate 1, and of
+    the older keys j <= c - window the `topk` with the highest scores, with gate clamp(u_j - tau_c, 0, 1), tau_c
+    the SparseK threshold (`sparsek`) of the `pool` best scores with mass `topk`. Sequences of at most window + topk
+    tokens get dense causal attention exactly. Cost: O(s (topk + window)) time and memory.
+
+    Args:
+        query: [b, s, hq, d] fp16, bf16 or fp32 (torch backend: fp64 too); any strides with a contiguous last dimension.
+        key, value: [b, s, hkv, d], same dtype; hq must be a multiple of hkv. All query heads of a group share the
+            selection of their key/value head.
+        scores: [b, s, hkv] fp32 (fp64 with fp64 inputs).
+        topk: keys selected per query, at least 1.
+        window: local keys per query, at least 1 (up to stride - 1 more between refresh points).
+        stride: tokens between refresh points; 1 selects for every token.
+        pool: candidates kept for the threshold; default 4 * topk. `pool == topk` is hard selection: gates 1, and
+            a score gradient of zero.
+        gate: where the gate m acts. "key_value": logit scale * m * q.k and value m * v; "value": value m * v only;
+            "logit": logit scale * q.k + log m.
+        softmax_scale: default d ** -0.5.
+        cu_seqlens: int32 [num_seqs + 1] boundaries of sequences packed along s (then b must be 1). Rows past the last
+            boundary give 0.
+        backend: "triton" (CUDA), "torch" (anywhere), or "auto": Triton on CUDA, torch on CPU.
+
+    Returns:
+        [b, s, hq, d], dtype of `query`.
+
+    Raises:
+        ValueError: a shape, dtype or setting that does not fit, naming the argument, its value and what would fit.
+        NotImplementedError: a combination the chosen backend does not support.
+    """
+    pool = 4 * topk if pool is None else pool
+    _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
+    if backend == "auto":
+        backend = "triton" if query.is_cuda else "torch"
+    softmax_scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if backend == "torch":
+        return torch_attention(
+            query,
+            key,
+            value,
+            scores,
+            topk=topk,
+            window=window,
+            stride=stride,
+            pool=pool,
+            gate=gate,
+            softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
+        )
+    from sparsek_kernels.attention.autograd import triton_attention
+
+    return triton_attention(
+        query,
+        key,
+        value,
+        scores,
+        topk=topk,
+        window=window,
+        stride=stride,
+        pool=pool,
+        gate=gate,
+        softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend) -> None:
+    for name, x, rank in (("query", query, 4), ("key", key, 4), ("value", value, 4), ("scores", scores, 3)):
+        if x.dim() != rank:
+            raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device")
+    b, s, hq, d = query.shape
+    hkv = key.shape[2]
+    if tuple(key.shape) != (b, s, hkv, d):
+        raise ValueError(f"key has shape {tuple(key.shape)}; query {tuple(query.shape)} needs [{b}, {s}, hkv, {d}]")
+    if value.shape != key.shape:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it must equal key's {tuple(key.shape)}")
+    if tuple(scores.shape) != (b, s, hkv):
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; key needs [{b}, {s}, {hkv}]")
+    if hkv == 0 or hq % hkv:
+        raise ValueError(f"query has {hq} heads, not a multiple of key's {hkv}")
+    if s == 0:
+        raise ValueError("query has no tokens (s = 0)")
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(
+            f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if scores.dtype != wanted:
+        raise ValueError(f"scores has dtype {scores.dtype}; with {query.dtype} queries it must be {wanted}")
+    for name, number in (("topk", topk), ("window", window), ("stride", stride)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {number!r}")
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < topk:
+        raise ValueError(f"pool must be an int of at least topk = {topk}, got {pool!r}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if cu_seqlens is not None:
+        if b != 1:
+            raise ValueError(f"cu_seqlens packs sequences along s and needs batch 1, got batch {b}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(
+                f"cu_seqlens must be int32 [num_seqs + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )

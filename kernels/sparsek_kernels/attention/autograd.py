@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend as torch custom ops: fake kernels for compilation, autograd, and the public composition.
+
+`sparsek::attention` takes a finished selection, so a recomputed forward (activation checkpointing) and CUDA graphs see
+plain tensors in and out. Its backward also returns the score gradient, from per-key and per-query gate gradients and the
+intervals of F (`score_gradient`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsek_kernels.attention.backward_key import attention_backward_key
+from sparsek_kernels.attention.backward_query import attention_backward_query
+from sparsek_kernels.attention.forward import attention_forward
+from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP, AttentionPlan
+from sparsek_kernels.selection import Selection, score_gradient, select
+
+
+def _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens) -> AttentionPlan:
+    return AttentionPlan(
+        query,
+        key,
+        topk=topk,
+        window=window,
+        stride=stride,
+        pool=pool,
+        gate=gate,
+        softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _selection(tensors, topk, window, stride, pool, cu_seqlens) -> Selection:
+    return Selection(*tensors, topk=topk, window=window, stride=stride, pool=pool, cu_seqlens=cu_seqlens)
+
+
+@torch.library.custom_op("sparsek::attention", mutates_args=())
+def attention_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    threshold_low: torch.Tensor,
+    evict: torch.Tensor,
+    lists: torch.Tensor,
+    fraction_start: torch.Tensor,
+    fraction_end: torch.Tensor,
+    fraction_size: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    topk: int,
+    window: int,
+    stride: int,
+    pool: int,
+    gate: str,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [b, s, hq, d], lse [b, hq, s] fp32 in log2 units) on a selection's tensors."""
+    plan = _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens)
+    tensors = (threshold, threshold_low, evict, lists, fraction_start, fraction_end, fraction_size)
+    selection = _selection(tensors, topk, window, stride, pool, cu_seqlens)
+    row_scores = scores.transpose(1, 2).contiguous()
+    return attention_forward(plan, query, key, value, row_scores, selection)
+
+
+@attention_op.register_fake
+def _(query, key, value, scores, *args):
+    b, s, hq, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((b, hq, s), dtype=torch.float32)
+
+
+@torch.library.custom_op("sparsek::attention_backward", mutates_args=())
+def attention_backward_op(
+    d_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    threshold: torch.Tensor,
+    threshold_low: torch.Tensor,
+    evict: torch.Tensor,
+    lists: torch.Tensor,
+    fraction_start: torch.Tensor,
+    fraction_end: torch.Tensor,
+    fraction_size: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    topk: int,
+    window: int,
+    stride: int,
+    pool: int,
+    gate: str,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d_query, d_key, d_value, d_scores), shaped like their inputs, contiguous."""
+    plan = _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens)
+    tensors = (threshold, threshold_low, evict, lists, fraction_start, fraction_end, fraction_size)
+    selection = _selection(tensors, topk, window, stride, pool, cu_seqlens)
+    row_scores = scores.transpose(1, 2).contiguous()
+    inputs = (query, key, value, row_scores, selection)
+    if d_out.stride(-1) != 1:
+        d_out = d_out.contiguous()
+    d_query, delta, query_sum = attention_backward_query(plan, *inputs, out, d_out, lse)
+    d_key, d_value, key_sum = attention_backward_key(plan, *inputs, d_out, lse, delta)
+    d_scores = score_gradient(selection, key_sum, query_sum)
+    return d_query, d_key, d_value, d_scores.contiguous()
+
+
+@attention_backward_op.register_fake
+def _(d_out, query, key, value, scores, *args):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, scores))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, topk, window, stride, pool, gate, softmax_scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = (topk, window, stride, pool, gate, softmax_scale)
+
+
+def _backward(ctx, d_out, _d_lse):
+    *inputs, out, lse = ctx.saved_tensors
+    query, key, value, scores, *selection, cu_seqlens = inputs
+    gradients = attention_backward_op(
+        d_out, query, key, value, scores, out, lse, *selection, cu_seqlens, *ctx.settings
+    )
+    return (*gradients, *(None,) * 14)
+
+
+attention_op.register_autograd(_backward, setup_context=_save)
+
+
+def triton_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    topk: int,
+    window: int,
+    stride: int,
+    pool: int,
+    gate: str,
+    softmax_scale: float,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparsek_attention` on CUDA, arguments already validated: selection, then attention on it."""
+    if query.dtype == torch.float64:
+        raise NotImplementedError("query is float64: the triton backend computes in fp32; use backend='torch'")
+    if query.shape[-1] not in HEAD_DIMS:
+        raise NotImplementedError(f"query has head dimension {query.shape[-1]}; the triton backend has {HEAD_DIMS}")
+    if query.shape[2] // key.shape[2] > MAX_GROUP:
+        raise NotImplementedError(
+            f"query has {query.shape[2] // key.shape[2]} heads per key head; the triton backend has up to {MAX_GROUP}"
+        )
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    with torch.no_grad():
+        selection = select(
+            scores, topk=topk, window=window, stride=stride, pool=pool, hard=pool == topk, cu_seqlens=cu_seqlens
+        )
+    return attention_op(
+        query,
+        key,
+        value,
+        scores,
+        selection.threshold,
+        selection.threshold_low,
+        selection.evict,
+        selection.lists,
+        selection.fraction_start,
+        selection.fraction_end,
+        selection.fraction_size,
+        cu_seqlens,
+        topk,
+        window,
+        stride,
+        pool,
+        gate,
+        softmax_scale,
+    )[0]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward kernel: one program per (tile of queries x their whole query-head group, key/value head).
+
+A program gathers the K/V rows of the keys selected at its list tile's start, then streams the contiguous band from
+`window` before that point to its last query. Nothing else can be attended (kernels/README.md, fact 3), and each row of
+the output is owned by one program, so no atomics are needed and results are bitwise reproducible.
+
+UNIFORM (stride >= 64 and a multiple of the tile): all queries of a tile share one refresh point, which is also the
+list tile's start. Then gates are one number per key, the band is purely local, and no eviction test is needed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsek_kernels.attention.tile import LOGIT, clamp_gate, gated_logits, sequence_tile
+
+
+@triton.jit
+def _absorb(acc, row_max, row_sum, logits, gate, v, GATE: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr):
+    """Online softmax: one block of logits [rows, keys] and its values [keys, d] into the running state."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    weight = tl.math.exp2(logits - new_max[:, None])
+    rescale = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weight, 1)
+    acc = acc * rescale[:, None]
+    if GATED and GATE != LOGIT:
+        weight = weight * gate
+    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee" if IEEE else None)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def attention_forward_kernel(
+    Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, OUT, LSE,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    tokens, slots, list_tiles, kv_heads, scale_log2, floor,
+    TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
+    GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, b * hkv). U, EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots]; LISTS [b, hkv, list_tiles, TOPK].
+
+    OUT [b, s, hq, d] contiguous; LSE [b, hq, s] fp32, log2 of the softmax denominator including its maximum.
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    batch, head = bh // kv_heads, bh % kv_heads
+    first, start, end, slot0, list0, _ = sequence_tile(TILES, tl.program_id(0), tokens, QUERIES, PACKED)
+    if first >= end:
+        return
+
+    ROWS: tl.constexpr = QUERIES * GROUP_PAD
+    row = tl.arange(0, ROWS)
+    token = first + row // GROUP_PAD
+    member = row % GROUP_PAD
+    row_ok = (token < end) & (member < GROUP)
+    dim = tl.arange(0, D_PAD)
+    dim_ok = dim < D
+    q_rows = Q + batch * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member) * q_head
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=row_ok[:, None] & dim_ok[None, :], other=0.0)
+
+    k_base = K + batch * k_batch + head * k_head + dim[None, :]
+    v_base = V + batch * v_batch + head * v_head + dim[None, :]
+    u_base = U + bh * tokens
+    evict_base = EVICT + bh * tokens
+
+    position = first - start
+    tile = position // LIST_TILE
+    base = tile * LIST_TILE  # position of the list tile's start, a refresh point
+    list_base = LISTS + (bh * list_tiles + list0 + tile) * TOPK
+    count = tl.minimum(tl.maximum(base - WINDOW + 1, 0), TOPK)
+    if UNIFORM:
+        slot = bh * slots + slot0 + position // STRIDE
+        tau = tl.load(TAU + slot)
+        tau_low = tl.load(TAU_LOW + slot)
+    else:
+        refresh = (token - start) // STRIDE
+        slot = bh * slots + slot0 + refresh
+        tau = tl.load(TAU + slot, mask=token < end, other=0.0)[:, None]
+        tau_low = tl.load(TAU_LOW + slot, mask=token < end, other=0.0)[:, None]
+        local_from = (start + refresh * STRIDE - WINDOW + 1)[:, None]
+
+    row_max = tl.full([ROWS], -1e30, tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    lane = tl.arange(0, KEYS)
+
+    # Selected keys, gathered.
+    for n in tl.range(0, count, KEYS):
+        ok = n + lane < count
+        j = tl.load(list_base + n + lane, mask=ok, other=0)
+        offset = j.to(tl.int64)[:, None]
+        k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
+        u = tl.load(u_base + j)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
+        gate = clamp_gate(u[None, :], tau, tau_low, floor)
+        logits = gated_logits(qk, gate, scale_log2, GATE)
+        if UNIFORM:
+            logits = tl.where(ok[None, :], logits, float("-inf"))
+        else:
+            alive = tl.load(evict_base + j)
+            logits = tl.where(ok[None, :] & (token[:, None] < alive[None, :]), logits, float("-inf"))
+        v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
+        acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, gate, v, GATE, True, IEEE)
+
+    # The band: [lo, mid) needs no mask when UNIFORM, [mid, hi) crosses the diagonal or the end of the sequence.
+    lo = start + tl.maximum(base - WINDOW + 1, 0)
+    hi = tl.minimum(first + QUERIES, end)
+    if UNIFORM:
+        mid = lo + tl.maximum(first - lo + 1, 0) // KEYS * KEYS
+        for n in tl.range(lo, mid, KEYS):
+            offset = (n + lane).to(tl.int64)[:, None]
+            k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None) * scale_log2
+            v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
+            acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, 1.0, v, GATE, False, IEEE)
+    else:
+        mid = lo
+    for n in tl.range(mid, hi, KEYS):
+        j = n + lane
+        ok = j < hi
+        offset = j.to(tl.int64)[:, None]
+        k = tl.load(k_base + offset * k_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
+        visible = (j[None, :] <= token[:, None]) & ok[None, :]
+        if UNIFORM:
+            gate = 1.0
+            logits = qk * scale_log2
+        else:
+            u = tl.load(u_base + j, mask=ok, other=0.0)
+            alive = tl.load(evict_base + j, mask=ok, other=0)
+            gate = clamp_gate(u[None, :], tau, tau_low, floor)
+            gate = tl.where(j[None, :] >= local_from, 1.0, gate)
+            logits = gated_logits(qk, gate, scale_log2, GATE)
+            visible &= token[:, None] < alive[None, :]
+        logits = tl.where(visible, logits, float("-inf"))
+        v = tl.load(v_base + offset * v_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
+        acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, gate, v, GATE, not UNIFORM, IEEE)
+
+    acc = acc / row_sum[:, None]
+    query_head = head * GROUP + member
+    out_rows = OUT + ((batch * tokens + token) * (kv_heads * GROUP) + query_head) * D
+    tl.store(out_rows[:, None] + dim[None, :], acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :])
+    lse_rows = LSE + (batch * (kv_heads * GROUP) + query_head) * tokens + token
+    tl.store(lse_rows, row_max + tl.log2(row_sum), mask=row_ok)
+
+
+def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; see `plan.AttentionPlan` for sizes. scores [b, hkv, s] contiguous -> out [b, s, hq, d], lse [b, hq, s]."""
+    b, s, hq, d = query.shape
+    allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
+    out = allocate((b, s, hq, d), dtype=query.dtype, device=query.device)
+    lse = allocate((b, hq, s), dtype=torch.float32, device=query.device)
+    tiling = plan.forward
+    tiles, grid = plan.query_tiles(tiling.queries)
+    attention_forward_kernel[(grid, b * plan.kv_heads)](
+        query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
+        tiles, out, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.scale_log2, plan.floor,
+        **plan.constants(tiling), QUERIES=tiling.queries, KEYS=tiling.keys,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return out, lse

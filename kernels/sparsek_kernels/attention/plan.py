@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of one attention call: tile shapes per architecture, and how query tiles map to packed sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from sparsek_kernels.attention.tile import GATE_CODE
+from sparsek_kernels.selection.types import list_tile
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAX_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """rows: query heads x queries per tile; keys: keys per block. A kernel's inner product is [rows, keys, d]."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    queries: int = 0  # rows / padded group size, filled in by the plan
+
+
+@dataclass(frozen=True)
+class Tilings:
+    forward: Tiling
+    backward_query: Tiling
+    backward_survivors: Tiling
+    backward_band: Tiling
+
+
+# 16-bit inputs by padded head dimension. Measured on Hopper (kernels/benchmarks/README.md).
+HOPPER = {
+    64: Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2)),
+    128: Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2)),
+    256: Tilings(Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 1), Tiling(32, 64, 8, 1), Tiling(32, 64, 8, 1)),
+}
+# Unmeasured: conservative in shared memory and registers (Ampere, Blackwell and anything newer).
+CONSERVATIVE = {
+    64: Tilings(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(32, 64, 4, 2), Tiling(32, 64, 4, 2)),
+    128: Tilings(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 1), Tiling(32, 64, 4, 1)),
+    256: Tilings(Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1)),
+}
+# fp32 inputs use exact (non-tensor-core) products; small tiles keep registers from spilling.
+FULL_PRECISION = {
+    dim: Tilings(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1))
+    for dim in (64, 128, 256)
+}
+
+
+def tilings_for(device: torch.device, dtype: torch.dtype, dim_pad: int) -> Tilings:
+    if dtype == torch.float32:
+        return FULL_PRECISION[dim_pad]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return HOPPER[dim_pad]
+    return CONSERVATIVE[dim_pad]
+
+
+class AttentionPlan:
+    """Everything the launchers need besides the tensors, derived once per call from shapes and settings."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        topk: int,
+        window: int,
+        stride: int,
+        pool: int,
+        gate: str,
+        softmax_scale: float,
+        cu_seqlens: torch.Tensor | None,
+        tilings: Tilings | None = None,
+    ) -> None:
+        _, self.tokens, heads, self.dim = query.shape
+        self.kv_heads = key.shape[2]
+        self.group = heads // self.kv_heads
+        self.group_pad = triton.next_power_of_2(self.group)
+        self.dim_pad = max(64, triton.next_power_of_2(self.dim))
+        self.topk, self.window, self.stride, self.gate = topk, window, stride, gate
+        self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
+        self.floor = 1.0 / (pool - topk + 1)  # no selected gate is below this (kernels/README.md)
+        self.cu_seqlens = cu_seqlens
+        self.packed = cu_seqlens is not None
+        self.list_tile = list_tile(stride)
+        self.full_precision = query.dtype == torch.float32
+        # Long segments cost partial memory topk / segment, short ones cost fewer wasted rows: about 2 topk balances.
+        self.segment = self.list_tile * -(-max(512, 2 * topk) // self.list_tile)
+        tilings = tilings or tilings_for(query.device, query.dtype, self.dim_pad)
+        for name in ("forward", "backward_query", "backward_survivors", "backward_band"):
+            t: Tiling = getattr(tilings, name)
+            rows = max(t.rows, self.group_pad)
+            limit = t.keys if name == "backward_band" else self.list_tile
+            queries = min(rows // self.group_pad, 1 << (limit.bit_length() - 1))
+            setattr(self, name, Tiling(queries * self.group_pad, t.keys, t.num_warps, t.num_stages, queries))
+
+    def constants(self, tiling: Tiling) -> dict[str, object]:
+        """Compile-time arguments every attention kernel takes."""
+        return {
+            "TOPK": self.topk,
+            "WINDOW": self.window,
+            "STRIDE": self.stride,
+            "LIST_TILE": self.list_tile,
+            "GATE": GATE_CODE[self.gate],
+            "GROUP": self.group,
+            "GROUP_PAD": self.group_pad,
+            "D": self.dim,
+            "D_PAD": self.dim_pad,
+            "UNIFORM": self.list_tile == self.stride and self.stride % tiling.queries == 0,
+            "PACKED": self.packed,
+            "IEEE": self.full_precision,
+        }
+
+    def query_tiles(self, size: int) -> tuple[torch.Tensor | None, int]:
+        """(tile table of `tile.sequence_tile`, number of tiles) for tiles of `size` tokens that restart per sequence.
+
+        The number is the static capacity s // size + num_seqs when packed, so nothing waits for the device.
+        """
+        if self.cu_seqlens is None:
+            return None, triton.cdiv(self.tokens, size)
+        bounds = self.cu_seqlens.long()
+        starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
+
+        def before(unit: int) -> torch.Tensor:
+            count = -(-lengths // unit)
+            return torch.cumsum(count, 0) - count
+
+        capacity = self.tokens // size + lengths.numel()
+        tile = torch.arange(capacity, device=bounds.device)
+        tiles_before = before(size)
+        # The last sequence that starts at or before the tile; empty sequences own no tile.
+        sequence = torch.searchsorted(tiles_before + -(-lengths // size), tile, right=True)
+        sequence = sequence.clamp(max=lengths.numel() - 1)
+        first = starts[sequence] + (tile - tiles_before[sequence]) * size
+        columns = (
+            first,
+            starts[sequence],
+            bounds[1:][sequence],
+            before(self.stride)[sequence],
+            before(self.list_tile)[sequence],
+            before(self.segment)[sequence],
+        )
+        return torch.stack(columns, dim=1).int(), capacity

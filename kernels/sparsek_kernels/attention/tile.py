@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions shared by the attention kernels: which queries a program owns, gates, and the softmax of a block.
+
+Coordinates: a query has an index i in 0 ... s - 1 of this call. Packed sequences start at `start` and end before `end`;
+positions count from `start`, refresh points and list tiles restart there.
+
+Rows of a query tile pack the query heads of one group: row m is query `first + m // GROUP_PAD`, head `m % GROUP_PAD`
+of the group (`GROUP_PAD` is the group size rounded up to a power of two; the surplus rows are masked).
+"""
+
+import triton
+import triton.language as tl
+
+KEY_VALUE: tl.constexpr = tl.constexpr(0)
+VALUE: tl.constexpr = tl.constexpr(1)
+LOGIT: tl.constexpr = tl.constexpr(2)
+GATE_CODE = {"key_value": 0, "value": 1, "logit": 2}
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def sequence_tile(TILES, index, tokens, SIZE: tl.constexpr, PACKED: tl.constexpr):
+    """(first, start, end, slot0, list0, segment0) of tile `index` of SIZE tokens.
+
+    first: first token of the tile; start, end: its sequence; slot0, list0, segment0: the first refresh slot, list tile
+    and backward segment of that sequence. TILES int32 [tiles, 6] holds these when PACKED; `first >= end` marks an
+    unused tile.
+    """
+    if PACKED:
+        row = TILES + index * 6
+        a, b, c = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        return a, b, c, tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    return index * SIZE, 0, tokens, 0, 0, 0
+
+
+@triton.jit
+def clamp_gate(u, tau, tau_low, floor):
+    """clamp(u - tau, floor, 1): the SparseK gate; tau = -inf (a pool not yet full) gives 1."""
+    return tl.minimum(tl.maximum((u - tau) - tau_low, floor), 1.0)
+
+
+@triton.jit
+def is_fractional(u, tau, tau_low):
+    """Membership in F, decided as `clamp_gate` computes: both backward passes must agree to the bit."""
+    x = (u - tau) - tau_low
+    return (x > 0.0) & (x < 1.0)
+
+
+@triton.jit
+def gated_logits(qk, gate, scale_log2, GATE: tl.constexpr):
+    """Logits in units of log 2 from dot products and gates (broadcastable)."""
+    if GATE == KEY_VALUE:
+        return qk * (gate * scale_log2)
+    elif GATE == LOGIT:
+        return qk * scale_log2 + tl.log2(gate)
+    else:
+        return qk * scale_log2
+
+
+@triton.jit
+def logit_gradients(qk, weight, d_output, delta, gate, scale, GATE: tl.constexpr):
+    """Backward of one block: (gradient of the dot products divided by `scale`, gradient of the gates).
+
+    weight: softmax weights; d_output: dO . v; delta: dO . O of the row. All broadcastable to qk.
+    With l the logit and o = sum softmax * m * v:  dl = weight * (m * dov - delta), and per placement
+    key_value l = scale * m * qk: dqk = scale * m * dl, dm = weight * dov + scale * qk * dl;
+    value     l = scale * qk:     dqk = scale * dl,     dm = weight * dov;
+    logit     l = scale * qk + log m, o = sum softmax * v: dl = weight * (dov - delta), dqk = scale * dl, dm = dl / m.
+    """
+    if GATE == KEY_VALUE:
+        d_logit = weight * (gate * d_output - delta)
+        return d_logit * gate, weight * d_output + d_logit * (qk * scale)
+    elif GATE == VALUE:
+        d_logit = weight * (gate * d_output - delta)
+        return d_logit, weight * d_output
+    else:
+        d_logit = weight * (d_output - delta)
+        return d_logit, d_logit / gate

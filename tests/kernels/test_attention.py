@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sparsek_attention`, both backends, against brute force in float64: outputs and every gradient.
+
+The Triton kernels run here in Triton's interpreter at small sizes (`test_attention_gpu.py` runs them compiled).
+"""
+
+import attention_oracle
+import pytest
+import torch
+from sparsek_kernels import sparsek_attention
+
+
+def make_inputs(n, hq=2, hkv=1, d=16, batch=1, spread=0.5, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((batch, n, hq, d), (batch, n, hkv, d), (batch, n, hkv, d))
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
+    u = torch.randn(batch, n, hkv, generator=g, dtype=torch.float32) * spread
+    return q, k, v, u.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def run(function, inputs, d_out, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+
+def error(actual, expected):
+    """Relative Frobenius error; absolute where the expected tensor is zero."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12 if expected.norm() else 1.0)).item()
+
+
+def check(inputs, tolerance, backend, seed=1, **options):
+    d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = [x.double() for x in inputs]
+    options.setdefault("pool", 4 * options["topk"])
+    expected = run(attention_oracle.attention, exact, d_out, **options)
+    actual = run(sparsek_attention, inputs, d_out, backend=backend, **options)
+    for name, a, e in zip(("out", "dq", "dk", "dv", "du"), actual, expected, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert error(a, e) < tolerance, f"{name}: {error(a, e):.2e}"
+
+
+GATES = ("key_value", "value", "logit")
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("n", "topk", "window", "stride", "pool"),
+    [(61, 4, 5, 1, 9), (97, 6, 8, 8, 24), (70, 3, 7, 5, 12), (40, 8, 4, 16, 8), (1, 1, 1, 1, 4), (33, 50, 4, 4, 60)],
+)
+def test_torch_backend_is_exact(gate, n, topk, window, stride, pool):
+    inputs = make_inputs(n, hq=4, hkv=2, batch=2)
+    check(inputs, 1e-10, "torch", topk=topk, window=window, stride=stride, pool=pool, gate=gate)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("gate", GATES)
+def test_short_sequences_are_dense_causal_attention(backend, gate):
+    inputs = make_inputs(48, hq=4, hkv=2)
+    q, k, v, u = inputs
+    out = sparsek_attention(*inputs, topk=30, window=18, stride=4, gate=gate, backend=backend)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert error(out, dense.transpose(1, 2)) < 1e-12
+
+
+def test_packed_sequences_equal_each_alone():
+    lengths = (37, 0, 1, 64, 20)
+    n = sum(lengths) + 5
+    inputs = make_inputs(n, hq=2, hkv=2)
+    for x in inputs:
+        x[:, sum(lengths) :] = float("nan")
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    options = {"topk": 4, "window": 6, "stride": 4}
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = sparsek_attention(*leaves, cu_seqlens=bounds, **options)
+    d_out = torch.randn(out.shape, dtype=out.dtype)
+    gradients = torch.autograd.grad(out, leaves, d_out)
+    for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if a == b:
+            continue
+        alone = run(sparsek_attention, [x[:, a:b] for x in inputs], d_out[:, a:b], **options)
+        for packed, single in zip((out, *gradients), alone, strict=True):
+            assert torch.equal(packed[:, a:b], single)
+    for x in (out, *gradients):
+        assert (x[:, sum(lengths) :] == 0).all()
+
+
+def test_scores_stay_connected_where_nothing_is_fractional():
+    q, k, v, u = make_inputs(12)
+    u.requires_grad_()
+    sparsek_attention(q, k, v, u, topk=8, window=8, stride=2).sum().backward()
+    assert u.grad is not None and (u.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": 0}, "topk must be an int of at least 1, got 0"),
+        ({"window": -1}, "window must be an int of at least 1, got -1"),
+        ({"stride": 0}, "stride must be an int of at least 1, got 0"),
+        ({"pool": 3}, "pool must be an int of at least topk = 4, got 3"),
+        ({"gate": "key"}, "gate must be one of key_value, value, logit, got 'key'"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens must be int32"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        sparsek_attention(*make_inputs(8), **{"topk": 4, "window": 4, **change})
+
+
+def test_bad_shapes_are_named():
+    q, k, v, u = make_inputs(8, hq=3, hkv=2)
+    with pytest.raises(ValueError, match="query has 3 heads, not a multiple of key's 2"):
+        sparsek_attention(q, k, v, u, topk=4, window=4)
+    q, k, v, u = make_inputs(8)
+    with pytest.raises(ValueError, match="scores has dtype torch.float32"):
+        sparsek_attention(q, k, v, u.float(), topk=4, window=4)
+    with pytest.raises(ValueError, match=r"value has shape \(1, 7, 1, 16\)"):
+        sparsek_attention(q, k, v[:, :7], u, topk=4, window=4)
