@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same model on one tensor-parallel rank and on several, in float64: losses and gradients of every
+parameter.
+
+float64 because selection is discontinuous: with rounding at 1e-16 the ranks select the same keys whatever
+order a matmul reduced in, and what is left to differ is a wrong or missing reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mcore_harness import (
+    batch,
+    build_gpt,
+    full_weights,
+    load_full,
+    loss_and_gradients,
+    packed,
+    parallel,
+    randomise,
+    relative_errors,
+    tiny_config,
+)
+from worker import case
+
+from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
+from sparsek_megatron.scoring import ScoringNetwork
+
+SPARSEK: dict[str, Any] = {"topk": 6, "window": 5, "stride": 4, "pool": 14, "reference_length": 64}
+
+
+def run(
+    tp: int,
+    sequence_parallel: bool,
+    model_changes: dict[str, Any],
+    sparsek_changes: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+    thd: bool = False,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """Whole weights, loss and whole gradients of one model under `tp` ranks."""
+    with parallel(tp=tp):
+        config = tiny_config(params_dtype=torch.float64, sequence_parallel=sequence_parallel, **model_changes)
+        sparsek = SparseKConfig(**{**SPARSEK, **sparsek_changes})
+        model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=sparsek))
+        if weights is None:
+            randomise(model)
+            weights = full_weights(model)
+        else:
+            load_full(model, weights)
+        if thd:
+            result = loss_and_gradients(model, batch(64, 1), packed([23, 1, 40]))
+        else:
+            result = loss_and_gradients(model, batch())
+        return weights, *result
+
+
+def parity(
+    tp: int,
+    sequence_parallel: bool,
+    model_changes: dict[str, Any] | None = None,
+    sparsek_changes: dict[str, Any] | None = None,
+    thd: bool = False,
+) -> dict[str, float]:
+    """Relative errors of the loss and of each gradient against one tensor-parallel rank."""
+    changes = (model_changes or {}, sparsek_changes or {})
+    weights, loss, gradients = run(1, False, *changes, thd=thd)
+    _, got_loss, got = run(tp, sequence_parallel, *changes, weights=weights, thd=thd)
+    return {"loss": float((got_loss - loss).abs() / loss), **relative_errors(got, gradients)}
+
+
+@case
+def tp2() -> dict[str, float]:
+    return parity(2, False)
+
+
+@case
+def tp2_sp() -> dict[str, float]:
+    return parity(2, True)
+
+
+@case
+def tp4_sp_fewer_kv_heads_than_ranks() -> dict[str, float]:
+    return parity(4, True)
+
+
+@case
+def tp4_fewer_kv_heads_than_ranks() -> dict[str, float]:
+    return parity(4, False)
+
+
+@case
+def tp2_sp_layernorm_qk_norm_own_scorer_norm_mlp_scorer() -> dict[str, float]:
+    model = {"normalization": "LayerNorm", "qk_layernorm": True, "layernorm_zero_centered_gamma": True}
+    return parity(2, True, model, {"scorer_norm": True, "scorer": "mlp", "gate": "value"})
+
+
+@case
+def tp2_qk_norm_detached_scores() -> dict[str, float]:
+    return parity(2, False, {"qk_layernorm": True}, {"detach_hidden": True, "gate": "logit"})
+
+
+@case
+def tp2_sp_packed_sequences() -> dict[str, float]:
+    return parity(2, True, thd=True)
+
+
+@case
+def tp2_sp_full_recompute() -> dict[str, float]:
+    changes = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return parity(2, True, changes)
+
+
+@case
+def control_without_the_sum_over_ranks() -> dict[str, float]:
+    """The same comparison with the reduction taken out: the errors a wrong scorer gradient shows."""
+    kept = ScoringNetwork._summed_in_backward
+    try:
+        ScoringNetwork._summed_in_backward = lambda self, weight: weight  # pyright: ignore
+        weights, _, gradients = run(1, False, {}, {})
+        with parallel(tp=2):
+            config = tiny_config(params_dtype=torch.float64, sequence_parallel=True)
+            model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=SparseKConfig(**SPARSEK)))
+            load_full(model, weights)
+            tokens, positions, labels = batch()
+            model(tokens, positions, None, labels=labels).mean().backward()
+            return {
+                name: float((p.grad - gradients[name]).abs().max() / gradients[name].abs().max())  # pyright:
+                ignore for name, p in model.named_parameters()
+                if "scorer" in name
+            }
+    finally:
+        ScoringNetwork._summed_in_backward = kept

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by torchrun on every rank: all registered cases in one process launch, results written as JSON by rank
+0.
+
+A case is a function of no arguments that returns something JSON can hold; an exception on any rank becomes
+the case's "error".
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "plugin")]
+
+CASES: dict[str, Callable[[], Any]] = {}
+
+
+def case(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Register a case under its function's name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def main(out: str, *modules: str) -> None:
+    import torch
+    from mcore_harness import start_process_group
+
+    start_process_group()
+    for module in modules:
+        importlib.import_module(module)
+    wanted = os.environ.get("DISTRIBUTED_CASES", "")
+    results = {}
+    for name, function in sys.modules["worker"].CASES.items():
+        if not re.search(wanted, name):
+            continue
+        began = time.time()
+        try:
+            answer = {"value": function()}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answers: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(answers, answer)
+        failed = [a for a in answers if "error" in a]
+        results[name] = {**(failed or answers)[0], "seconds": time.time() - began}
+    if torch.distributed.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.modules["worker"] = sys.modules["__main__"]
+    main(*sys.argv[1:])
