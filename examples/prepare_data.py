@@ -6,8 +6,12 @@
         --train-tokenizer --vocab-size 8192 --tokenizer-model data/tokenizer.model --output-prefix data/mine
 """
 
-from sparsek_megatron.data.prepare import prepare
-from sparsek_megatron.errors import report_user_errors
+import warnings
+
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+
+from sparsek_megatron.data.prepare import prepare  # noqa: E402
+from sparsek_megatron.errors import report_user_errors  # noqa: E402
 
 if __name__ == "__main__":
     with report_user_errors():

@@ -164,7 +164,8 @@ def build_datasets(
 
 def _require_one_sample(paths: DataPaths, sequence_length: int) -> None:
     for prefix in paths.prefixes():
-        tokens = int(IndexedDataset(prefix).sequence_lengths.sum())
+        dataset = IndexedDataset(prefix)  # kept: its arrays die with it
+        tokens = int(dataset.sequence_lengths.sum())
         if tokens < sequence_length + 1:
             raise UserError(
                 f"--seq-length {sequence_length}: {prefix} has only {tokens:,} tokens; "

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are complete or absent, and the checks before one is resumed.
+
+A run folder holds `latest` (a name) and `step_00000100/` folders: DeepSpeed's own files for model and optimizer,
+`run.json` with the settings that must fit, and each rank's RNG states. A checkpoint is written under a hidden name,
+flushed, renamed, and only then named by `latest`; a kill at any moment leaves the previous one in force.
+"""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import UserError, describe_os_error
+from sparsek_megatron.files import atomic_write, fsync_path, publish
+from sparsek_megatron.training.arguments import TrainingConfig, flag_of
+from sparsek_megatron.training.parallel import Machine
+
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8})")
+_PARTIAL = ".partial-"
+
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "mlp_width", "num_attention_heads", "query_groups", "head_dim", "rotary_base",
+    "norm_epsilon", "untie_embeddings_and_output_weights", "make_vocab_size_divisible_by",
+    "sparsek_topk", "sparsek_window", "sparsek_stride", "sparsek_pool", "sparsek_gate", "sparsek_hard_selection",
+)  # fmt: skip
+LAYOUT = ("tensor_model_parallel_size", "zero_stage")
+# Changing one of these keeps training but not the trajectory: worth a line, not a refusal.
+TRAJECTORY = (
+    "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr", "min_lr", "lr_decay_style",
+    "lr_decay_iters", "lr_warmup_iters", "weight_decay", "clip_grad", "seed", "data_path", "train_data_path", "split",
+)  # fmt: skip
+_FLAG_OF_PROPERTY = {
+    "mlp_width": "--ffn-hidden-size", "query_groups": "--num-query-groups", "head_dim": "--kv-channels"
+}  # fmt: skip
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint taken after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """Steps taken at the checkpoint that `latest` names; None where the folder has no checkpoint.
+
+    Raises:
+        UserError: `latest` names a checkpoint that is not there.
+    """
+    pointer = Path(folder) / LATEST
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8").strip()
+    match = _NAME.fullmatch(name)
+    if match is None or not (Path(folder) / name / "run.json").is_file():
+        raise UserError(f"{pointer}: names {name!r}, which is not a checkpoint there; write an existing step's name")
+    return int(match.group(1))
+
+
+def check_resume(config: TrainingConfig, world_size: int, tokenizer: SentencePieceTokenizer) -> int | None:
+    """Steps already taken by the checkpoint to resume, after checking that it fits; None for a fresh start.
+
+    Raises:
+        UserError: nothing to load, a checkpoint of another architecture, layout or tokenizer, or a --save folder
+            whose checkpoints this run would replace.
+    """
+    step = latest_step(config.load) if config.load else None
+    if config.load and step is None and Path(config.load).resolve() != Path(config.save).resolve():
+        raise UserError(f"--load {config.load}: holds no checkpoint; check the path or leave --load out")
+    if step is None or Path(config.load or "").resolve() != Path(config.save).resolve():
+        existing = latest_step(config.save)
+        if existing is not None:
+            raise UserError(
+                f"--save {config.save}: already holds a checkpoint of step {existing}; "
+                f"resume it with --load {config.save}, or choose another folder"
+            )
+    if step is None:
+        return None
+    saved = read_run(config.load or "", step)
+    _require_same(config, saved, ARCHITECTURE, "of another architecture")
+    _require_same(config, saved, LAYOUT, "in another layout")
+    if saved["world_size"] != world_size:
+        raise UserError(
+            f"--load {config.load}: saved by {saved['world_size']} processes, this run has {world_size}; "
+            f"start {saved['world_size']} (--nproc-per-node)"
+        )
+    if saved["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"--tokenizer-model {config.tokenizer_model}: not the tokenizer that {config.load} was trained with; "
+            "give that model"
+        )
+    return step
+
+
+def _require_same(config: TrainingConfig, saved: dict[str, Any], names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        here, there = getattr(config, name), saved["settings"][name]
+        if here != there:
+            flag = _FLAG_OF_PROPERTY.get(name, flag_of(name))
+            raise UserError(
+                f"--load {config.load}: a checkpoint {what}: its {flag} is {there}, this run's is {here}; "
+                f"use {flag} {there} or another --load and --save folder"
+            )
+
+
+def changed_settings(config: TrainingConfig, step: int) -> list[str]:
+    """Lines about settings that differ from the checkpoint's and move the rest of the trajectory."""
+    saved = read_run(config.load or "", step)["settings"]
+    lines = []
+    for name in TRAJECTORY:
+        here = getattr(config, name)
+        there = saved[name]
+        if (list(here) if isinstance(here, tuple) else here) != there:
+            lines.append(f"note: {flag_of(name)} was {there}, now {here}: the run continues on another trajectory")
+    return lines
+
+
+def read_run(folder: str | Path, step: int) -> dict[str, Any]:
+    """`run.json` of a checkpoint."""
+    path = Path(folder) / checkpoint_name(step) / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: damaged; name an older checkpoint in {Path(folder) / LATEST}") from None
+
+
+def save(engine: Any, config: TrainingConfig, machine: Machine, *, step: int, tokenizer_sha256: str) -> Path:
+    """Write the checkpoint of `step` and make it the latest. Call it on every rank.
+
+    Raises:
+        UserError: the disk is full or not writable; the previous checkpoint stays in force.
+    """
+    root = Path(config.save)
+    final, partial = root / checkpoint_name(step), root / (_PARTIAL + checkpoint_name(step))
+    if machine.is_first:
+        for stale in root.glob(_PARTIAL + "*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    dist.barrier()
+    try:
+        engine.checkpoint_engine = _SafeCheckpointEngine()
+        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
+        rng = partial / f"rng_rank_{machine.rank:05d}.pt"
+        with open(rng, "wb") as stream:
+            torch.save(_rng_states(machine), stream)
+        if machine.is_first:
+            settings = dataclasses.asdict(config) | {n: getattr(config, n) for n in _FLAG_OF_PROPERTY}
+            run = {
+                "step": step, "world_size": machine.world_size, "tokenizer_sha256": tokenizer_sha256,
+                "settings": settings,
+            }  # fmt: skip
+            with open(partial / "run.json", "w", encoding="utf-8") as stream:
+                json.dump(run, stream, indent=1)
+            fsync_path(partial / "run.json")
+        fsync_path(rng)
+        dist.barrier()
+        if machine.is_first:
+            fsync_path(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            publish(partial, final)
+            with atomic_write(root / LATEST) as stream:
+                stream.write(final.name)
+            _prune(root, config.keep_last_n)
+    except (OSError, RuntimeError) as err:
+        reason = _disk_problem(err)
+        if reason is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        good = latest_step(root)
+        kept = f"the checkpoint of step {good} is intact" if good is not None else "there is no earlier checkpoint"
+        raise UserError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
+    dist.barrier()
+    return final
+
+
+def _disk_problem(err: BaseException) -> str | None:
+    """The file-system error in an exception's chain; torch.save wraps it in a RuntimeError of its own."""
+    seen: BaseException | None = err
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return describe_os_error(seen, "the checkpoint")
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _prune(root: Path, keep: int) -> None:
+    if keep:
+        steps = sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
+        for old in steps[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
+    """Restore model, optimizer and RNG states of the checkpoint of `step` in the --load folder, on every rank."""
+    folder = Path(config.load or "")
+    load_weights(engine, folder, step=step, with_optimizer=True)
+    states = torch.load(folder / checkpoint_name(step) / f"rng_rank_{machine.rank:05d}.pt", weights_only=True)
+    _restore_rng(states, machine)
+
+
+def load_weights(engine: Any, folder: Path, *, step: int, with_optimizer: bool = False) -> None:
+    """Restore the model of a checkpoint, and its optimizer where asked for.
+
+    Raises:
+        UserError: a file of the checkpoint is missing or damaged.
+    """
+    engine.checkpoint_engine = _SafeCheckpointEngine()
+    try:
+        path, _ = engine.load_checkpoint(
+            str(folder), tag=checkpoint_name(step), load_optimizer_states=with_optimizer, load_lr_scheduler_states=False
+        )
+    except (OSError, EOFError, RuntimeError) as err:
+        raise UserError(
+            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:200]}); "
+            f"name an older one in {folder / LATEST}"
+        ) from err
+    if path is None:
+        raise UserError(f"--load {folder}: the checkpoint of step {step} is incomplete; name an older one in {LATEST}")
+
+
+class _SafeCheckpointEngine:
+    """How DeepSpeed reads and writes a file here: durable writes, and reads that execute no pickled code."""
+
+    def __new__(cls) -> Any:
+        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+        class Engine(TorchCheckpointEngine):
+            def save(self, state_dict: Any, path: str) -> None:
+                with open(path, "wb") as stream:
+                    torch.save(state_dict, stream)
+                fsync_path(Path(path))
+
+            def load(self, path: str, map_location: Any = None) -> Any:
+                with torch.serialization.safe_globals(_deepspeed_classes()):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+
+        return Engine()
+
+
+def _deepspeed_classes() -> list[Any]:
+    """The plain data classes that DeepSpeed pickles into its optimizer files."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum]
+
+
+def _rng_states(machine: Machine) -> dict[str, Any]:
+    version, keys, gauss = random.getstate()
+    name, numbers, position, has_gauss, cached = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": (version, list(keys), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(numbers).copy()), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if machine.on_gpu:
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_rng(states: dict[str, Any], machine: Machine) -> None:
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numbers, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, numbers.numpy(), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if machine.on_gpu:
+        torch.cuda.set_rng_state(states["cuda"])

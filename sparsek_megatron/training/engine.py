@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed around the model: parameter groups, the optimizer that the machine has, and the ZeRO configuration."""
+
+import importlib.util
+import logging
+import shutil
+from typing import Any
+
+import torch
+
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.model import uses_bf16
+from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
+
+_NEVER = 10**9
+
+
+def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Optimizer groups: norms and position slopes have no weight decay, the scorer a learning-rate multiplier.
+
+    Each group's `lr_mult` is what the schedule's learning rate is multiplied with at every step.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            kind = (parameter.dim() >= 2, getattr(parameter, "sparsek_scorer", False))
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_mult": config.sparsek_lr_mult if is_scorer else 1.0,
+        }
+        for (decays, is_scorer), parameters in sorted(groups.items())
+    ]
+
+
+def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machine: Machine) -> tuple[Any, str]:
+    """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed, else DeepSpeed's where it can be
+    built, else torch's fused one; on CPU torch's.
+    """
+    betas = (config.adam_beta1, config.adam_beta2)
+    common: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
+    if not machine.on_gpu:
+        return torch.optim.AdamW(groups, **common), "torch AdamW"
+    if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+        from apex.optimizers import FusedAdam as ApexFusedAdam  # pyright: ignore[reportMissingImports]
+
+        return ApexFusedAdam(groups, adam_w_mode=True, **common), "Apex FusedAdam"
+    if shutil.which("nvcc") and shutil.which("ninja"):
+        from deepspeed.ops.adam import FusedAdam
+
+        try:
+            return FusedAdam(groups, adam_w_mode=True, **common), "DeepSpeed FusedAdam"
+        except (RuntimeError, OSError) as err:  # no compiler that fits this CUDA
+            if machine.is_first:
+                print(f"DeepSpeed FusedAdam does not build here ({str(err).splitlines()[0]}); using torch's", flush=True)
+    return torch.optim.AdamW(groups, fused=True, **common), "torch fused AdamW"
+
+
+def deepspeed_config(config: TrainingConfig, machine: Machine) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run."""
+    data_parallel = machine.world_size // config.tensor_model_parallel_size
+    per_pass = config.micro_batch_size * data_parallel
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": machine.on_gpu}
+    if config.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": (config.global_batch_size or per_pass) // per_pass,
+        "gradient_clipping": config.clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": uses_bf16(config, on_gpu=machine.on_gpu)},
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machine) -> tuple[Any, str]:
+    """(DeepSpeed engine, name of the optimizer). The process group must exist."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.ERROR)
+    if not machine.on_gpu:
+        # Used by DeepSpeed's inference all-reduce alone; building it would take a C++ compiler and half a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, machine),
+        mpu=DeepSpeedMpu(),
+        dist_init_required=False,
+    )
+    return engine, name
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set this step's learning rate in every group, times the group's multiplier."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value * group["lr_mult"]

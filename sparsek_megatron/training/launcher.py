@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start this machine's processes through torchrun's own agent, and hand their exit code on without its noise."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import config_from_args, parse_args
+
+from sparsek_megatron.errors import EXIT_USAGE, UserError
+
+
+def is_launched() -> bool:
+    """Whether torchrun (or another launcher) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def processes_to_start(processes: int | None) -> int:
+    """`--nproc-per-node`, checked."""
+    if processes is None or processes < 1:
+        raise UserError(f"--nproc-per-node {processes}: must be at least 1")
+    return processes
+
+
+def launch(program: str, argv: Sequence[str], processes: int) -> None:
+    """Run `program` with `argv` in `processes` processes, as `torchrun --standalone --nproc-per-node` would.
+
+    Each process gets its share of the cores in OMP_NUM_THREADS. Exits with the first failing process's code; a
+    process that ended with a one-line report of a user's error needs no more said about it.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+    arguments = parse_args([f"--nproc-per-node={processes}", *rendezvous, program, *argv])
+    config, command, command_arguments = config_from_args(arguments)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    from torch.distributed.launcher.api import elastic_launch
+
+    try:
+        elastic_launch(config=config, entrypoint=command)(*command_arguments)
+    except ChildFailedError as err:
+        codes = {failure.exitcode for failure in err.failures.values()}
+        if EXIT_USAGE in codes:
+            sys.exit(EXIT_USAGE)
+        print(f"error: a training process failed (exit codes {sorted(codes)}); its output is above", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: mcore's `GPTModel` with RoPE, RMSNorm, GQA and SwiGLU, and SparseK in the attention slots."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.specs import get_sparsek_block_spec
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.validate import sparsek_config
+
+
+def padded_vocab_size(config: TrainingConfig, vocab_size: int) -> int:
+    """`vocab_size` rounded up so that every tensor-parallel rank's shard has the same, aligned size."""
+    multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerConfig:
+    """mcore's configuration of the model; bfloat16 on GPU unless told otherwise, float32 on CPU."""
+    bf16 = uses_bf16(config, on_gpu=on_gpu)
+    recompute = {}
+    if config.recompute_granularity == "full":
+        recompute = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.mlp_width,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.query_groups,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=config.init_method_std,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+        use_cpu_initialization=not on_gpu,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        recompute_granularity=config.recompute_granularity,
+        **recompute,
+    )
+
+
+def uses_bf16(config: TrainingConfig, *, on_gpu: bool) -> bool:
+    """Whether the weights are bfloat16."""
+    return on_gpu if config.bf16 is None else config.bf16
+
+
+def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPTModel:
+    """This rank's shard of the model, on CPU or on the current GPU.
+
+    Raises:
+        UserError: the attention does not support a setting.
+    """
+    # The score's position unit is a constant of the model, not of a sequence: stored with it.
+    longest = config.max_position_embeddings or config.seq_length
+    sparsek = dataclasses.replace(sparsek_config(config), reference_length=longest)
+    megatron = transformer_config(config, on_gpu=on_gpu)
+    try:
+        spec = get_sparsek_block_spec(megatron, sparsek=sparsek)
+    except (ValueError, NotImplementedError) as err:
+        raise UserError(str(err)) from None
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(config, vocab_size),
+        max_sequence_length=longest,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+    )
+    return model.cuda() if on_gpu else model
+
+
+def token_losses(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """The training forward: losses [b, s] in nats, or this rank's logits [b, s, vocabulary / TP] without labels.
+
+    tokens, labels: [b, s] int64. No attention mask is passed: SparseK attention is causal by definition.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=labels)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes, devices and groups: torch.distributed, mcore's parallel state, and DeepSpeed's view of it."""
+
+import datetime
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from sparsek_megatron.training.arguments import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process runs on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes shared files."""
+        return self.rank == 0
+
+
+def world_size_of_environment() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: TrainingConfig) -> Machine:
+    """Join the process group and build mcore's groups; NCCL on GPUs, gloo on CPU.
+
+    Seeds every RNG: the same default generator on all ranks, mcore's tracker per tensor-parallel rank.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        from sparsek_megatron.cpu import enable_cpu
+
+        device = torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        enable_cpu()
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    backend = "nccl" if on_gpu else "gloo"
+    if "MASTER_PORT" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True)
+        os.environ["MASTER_PORT"] = str(store.port)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    torch.manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    return Machine(dist.get_rank(), dist.get_world_size(), device)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    parallel_state.destroy_model_parallel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.destroy_process_group()
+
+
+class DeepSpeedMpu:
+    """DeepSpeed's view of mcore's groups (its `mpu` argument).
+
+    Without it DeepSpeed takes all ranks for data parallel and averages different shards. It must offer no
+    `get_sequence_parallel_*`: DeepSpeed would take Megatron's sequence parallelism for its own (Ulysses) and double
+    the gradients. Model parallel here is tensor parallel: there is no pipeline under this engine.
+    """
+
+    def get_data_parallel_group(self) -> Any:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_model_parallel_group(self) -> Any:
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_pipeline_model_parallel_group(self) -> Any:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_rank()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks across settings, before any process group, model or file exists."""
+
+from pathlib import Path
+
+from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.data.datasets import DataPaths, check_data
+from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.files import require_writable_folder
+from sparsek_megatron.training import checkpoint
+from sparsek_megatron.training.arguments import TrainingConfig, flag_of
+
+_AT_LEAST_ONE = (
+    "num_layers", "hidden_size", "num_attention_heads", "seq_length", "tensor_model_parallel_size",
+    "micro_batch_size", "train_iters", "eval_interval", "eval_iters", "log_interval", "save_interval",
+    "distributed_timeout_minutes", "make_vocab_size_divisible_by",
+)  # fmt: skip
+_AT_LEAST_ONE_OR_NONE = (
+    "ffn_hidden_size", "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
+    "max_position_embeddings",
+)  # fmt: skip
+_AT_LEAST_ZERO = ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n")
+
+
+def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
+    """Everything that can be known before the run starts.
+
+    Raises:
+        UserError: naming the flag, its value and the fix.
+    """
+    check_ranges(config)
+    check_parallelism(config, world_size)
+    check_precision(config, on_gpu=on_gpu)
+    sparsek_config(config)
+    tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
+    check_data(data_paths(config), tokenizer, config.tokenizer_model)
+    require_writable_folder(Path(config.save), "--save")
+    checkpoint.check_resume(config, world_size, tokenizer)
+
+
+def data_paths(config: TrainingConfig) -> DataPaths:
+    """The data flags; raises `UserError` where they contradict each other."""
+    if config.data_path and (config.train_data_path or config.valid_data_path):
+        raise UserError("--data-path and --train-data-path/--valid-data-path exclude each other; give one form")
+    if config.train_data_path and not config.valid_data_path:
+        raise UserError("--train-data-path needs --valid-data-path beside it, or use --data-path with --split")
+    if config.valid_data_path and not config.train_data_path:
+        raise UserError("--valid-data-path needs --train-data-path beside it, or use --data-path with --split")
+    return DataPaths(config.data_path, config.split, config.train_data_path, config.valid_data_path)
+
+
+def check_ranges(config: TrainingConfig) -> None:
+    """Single values."""
+    for names, least, optional in (
+        (_AT_LEAST_ONE, 1, False), (_AT_LEAST_ONE_OR_NONE, 1, True), (_AT_LEAST_ZERO, 0, False)
+    ):  # fmt: skip
+        for name in names:
+            value = getattr(config, name)
+            if not (optional and value is None) and not value >= least:
+                raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+    heads, groups = config.num_attention_heads, config.query_groups
+    if heads % groups:
+        raise UserError(
+            f"--num-query-groups {groups}: does not divide --num-attention-heads {heads}; "
+            f"use one of {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
+        )
+    if config.kv_channels is None and config.hidden_size % heads:
+        raise UserError(
+            f"--hidden-size {config.hidden_size}: not divisible by --num-attention-heads {heads}; "
+            "change one of them or give --kv-channels"
+        )
+    if config.head_dim % 2:
+        raise UserError(f"--kv-channels {config.head_dim}: rotary embedding needs an even head size")
+
+
+def check_parallelism(config: TrainingConfig, world_size: int) -> None:
+    """Parallel sizes against each other, the model and the number of processes."""
+    tp = config.tensor_model_parallel_size
+    if config.pipeline_model_parallel_size != 1:
+        raise UserError(
+            f"--pipeline-model-parallel-size {config.pipeline_model_parallel_size}: this trainer runs on DeepSpeed's "
+            "engine, which has no pipeline under ZeRO; use 1, or Megatron's own trainer with the layer spec"
+        )
+    if config.context_parallel_size != 1:
+        raise UserError(
+            f"--context-parallel-size {config.context_parallel_size}: not supported by this trainer; use 1"
+        )
+    if world_size % tp:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp}: does not divide the {world_size} processes started; "
+            f"start a multiple of {tp} processes (--nproc-per-node) or change it"
+        )
+    for name, count in (
+        ("num_attention_heads", config.num_attention_heads), ("num_query_groups", config.query_groups),
+        ("ffn_hidden_size", config.mlp_width),
+    ):  # fmt: skip
+        if count % tp:
+            raise UserError(f"{flag_of(name)} {count}: not divisible by --tensor-model-parallel-size {tp}")
+    if config.sequence_parallel:
+        if tp == 1:
+            raise UserError("--sequence-parallel: needs --tensor-model-parallel-size above 1; leave it out")
+        if config.seq_length % tp:
+            raise UserError(
+                f"--seq-length {config.seq_length}: not divisible by --tensor-model-parallel-size {tp} "
+                f"under --sequence-parallel; use a multiple of {tp}"
+            )
+    step = config.micro_batch_size * (world_size // tp)
+    if config.global_batch_size is not None and config.global_batch_size % step:
+        raise UserError(
+            f"--global-batch-size {config.global_batch_size}: not a multiple of --micro-batch-size "
+            f"{config.micro_batch_size} x {world_size // tp} data-parallel ranks = {step}"
+        )
+
+
+def check_precision(config: TrainingConfig, *, on_gpu: bool) -> None:
+    """Number format against device and ZeRO stage."""
+    if config.bf16 and not on_gpu:
+        raise UserError("--bf16: on CPU this trainer runs in float32; leave it out")
+    bf16 = on_gpu if config.bf16 is None else config.bf16
+    if bf16 and config.zero_stage == 0 and config.tensor_model_parallel_size > 1:
+        raise UserError(
+            "--zero-stage 0: with bf16 and tensor parallelism DeepSpeed clips by a wrong gradient norm; "
+            "use --zero-stage 1"
+        )
+
+
+def sparsek_config(config: TrainingConfig) -> SparseKConfig:
+    """The attention's settings; raises `UserError` for one that is out of range."""
+    for name in ("topk", "window", "stride"):
+        value = getattr(config, f"sparsek_{name}")
+        if not 1 <= value <= config.seq_length:
+            raise UserError(
+                f"--sparsek-{name} {value}: must be between 1 and --seq-length {config.seq_length}"
+            )
+    topk, pool = config.sparsek_topk, config.sparsek_pool
+    if config.sparsek_hard_selection:
+        if pool not in (None, topk):
+            raise UserError(f"--sparsek-pool {pool}: with --sparsek-hard-selection it must equal topk; leave it out")
+    elif pool is not None and pool <= topk:
+        raise UserError(
+            f"--sparsek-pool {pool}: must be above --sparsek-topk {topk} so that the scorer gets a gradient; "
+            f"use {4 * topk}, or ask for hard selection with --sparsek-hard-selection"
+        )
+    try:
+        return SparseKConfig(
+            topk=topk,
+            window=config.sparsek_window,
+            stride=config.sparsek_stride,
+            pool=pool,
+            gate=config.sparsek_gate,
+            hard_selection=config.sparsek_hard_selection,
+            scorer_lr_mult=config.sparsek_lr_mult,
+        )
+    except ValueError as err:
+        raise UserError(f"--sparsek-{err}") from None
