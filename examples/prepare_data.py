@@ -6,9 +6,9 @@
         --train-tokenizer --vocab-size 8192 --tokenizer-model data/tokenizer.model --output-prefix data/mine
 """
 
-import warnings
+from sparsek_megatron.quiet import quiet_dependencies
 
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+quiet_dependencies()
 
 from sparsek_megatron.data.prepare import prepare  # noqa: E402
 from sparsek_megatron.errors import report_user_errors  # noqa: E402

@@ -10,10 +10,10 @@ or, with the processes started by torchrun itself: `torchrun --nproc-per-node 2 
 """
 
 import sys
-import warnings
 
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-warnings.filterwarnings("ignore", message="full scope is deprecated")
+from sparsek_megatron.quiet import quiet_dependencies
+
+quiet_dependencies()
 
 from sparsek_megatron.errors import report_user_errors  # noqa: E402
 from sparsek_megatron.training.pretrain import pretrain  # noqa: E402

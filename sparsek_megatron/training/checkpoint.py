@@ -6,18 +6,21 @@ A run folder holds `latest` (a name) and `step_00000100/` folders: DeepSpeed's o
 flushed, renamed, and only then named by `latest`; a kill at any moment leaves the previous one in force.
 """
 
+import contextlib
 import dataclasses
 import json
+import pickle
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError, describe_os_error
@@ -200,31 +203,47 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
-    """Restore model, optimizer and RNG states of the checkpoint of `step` in the --load folder, on every rank."""
-    folder = Path(config.load or "")
-    load_weights(engine, folder, step=step, with_optimizer=True)
-    states = torch.load(folder / checkpoint_name(step) / f"rng_rank_{machine.rank:05d}.pt", weights_only=True)
-    _restore_rng(states, machine)
-
-
-def load_weights(engine: Any, folder: Path, *, step: int, with_optimizer: bool = False) -> None:
-    """Restore the model of a checkpoint, and its optimizer where asked for.
+    """Restore model, optimizer and RNG states of the checkpoint of `step` in the --load folder, on every rank.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.
     """
+    folder = Path(config.load or "")
     engine.checkpoint_engine = _SafeCheckpointEngine()
+    with _readable(folder, step):
+        path, _ = engine.load_checkpoint(str(folder), tag=checkpoint_name(step), load_lr_scheduler_states=False)
+        if path is None:
+            raise FileNotFoundError("incomplete")
+        states = torch.load(folder / checkpoint_name(step) / f"rng_rank_{machine.rank:05d}.pt", weights_only=True)
+    _restore_rng(states, machine)
+
+
+def load_model(model: torch.nn.Module, folder: Path, *, step: int) -> None:
+    """Restore this tensor-parallel rank's weights alone, without DeepSpeed.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    with _readable(folder, step):
+        state = _safe_load(folder / checkpoint_name(step) / f"mp_rank_{rank:02d}_model_states.pt", "cpu")
+        model.load_state_dict(state["module"])
+
+
+@contextlib.contextmanager
+def _readable(folder: Path, step: int) -> Iterator[None]:
     try:
-        path, _ = engine.load_checkpoint(
-            str(folder), tag=checkpoint_name(step), load_optimizer_states=with_optimizer, load_lr_scheduler_states=False
-        )
-    except (OSError, EOFError, RuntimeError) as err:
+        yield
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as err:
         raise UserError(
-            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:200]}); "
-            f"name an older one in {folder / LATEST}"
+            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:160]}); "
+            f"write the name of an older one into {folder / LATEST}"
         ) from err
-    if path is None:
-        raise UserError(f"--load {folder}: the checkpoint of step {step} is incomplete; name an older one in {LATEST}")
+
+
+def _safe_load(path: str | Path, map_location: Any) -> Any:
+    with torch.serialization.safe_globals(_deepspeed_classes()):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class _SafeCheckpointEngine:
@@ -240,8 +259,7 @@ class _SafeCheckpointEngine:
                 fsync_path(Path(path))
 
             def load(self, path: str, map_location: Any = None) -> Any:
-                with torch.serialization.safe_globals(_deepspeed_classes()):
-                    return torch.load(path, map_location=map_location, weights_only=True)
+                return _safe_load(path, map_location)
 
         return Engine()
 

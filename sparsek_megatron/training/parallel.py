@@ -45,6 +45,8 @@ def initialize(config: TrainingConfig) -> Machine:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Megatron's advice for sequence parallelism: collectives then start in the order of the compute that they feed.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -88,7 +88,7 @@ class Report:
         self._valid = f", valid {loss:.3f}"
         self.line(
             f"step {step}: validation loss {loss:.4f} nats, unigram entropy {self._entropy:.4f} "
-            f"({self._entropy - loss:+.4f} below it)"
+            f"({abs(self._entropy - loss):.4f} {'below' if loss < self._entropy else 'above'} it)"
         )
         self._last = time.perf_counter()
 
