@@ -10,7 +10,9 @@ tp = tensor_model_parallel_size; t tokens of packed (THD) sequences.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -23,9 +25,13 @@ from megatron.core.transformer.module import MegatronModule
 from sparsek_kernels import sparsek_attention
 from torch import Tensor
 
-from sparsek_megatron import refuse
+from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
-from sparsek_megatron.scoring import ScoringNetwork
+from sparsek_megatron.diagnostics import pool_overflow
+from sparsek_megatron.environment import settings_from_environment
+from sparsek_megatron.norm import QKNorm
+from sparsek_megatron.report import report_once
+from sparsek_megatron.scoring import ScoringNetwork, reference_length
 
 
 def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
@@ -63,7 +69,7 @@ class SparseKCoreAttention(MegatronModule):
     """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters, no communication.
 
     Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale`
-    None means 1 / sqrt(hn). `sparsek` None means `SparseKConfig()`.
+    None means 1 / sqrt(hn). `sparsek` None reads the environment.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class SparseKCoreAttention(MegatronModule):
         if attention_dropout:
             raise NotImplementedError(f"attention_dropout={attention_dropout}: use 0")
         assert config.kv_channels is not None
-        self.sparsek = sparsek or SparseKConfig()
+        self.sparsek = sparsek or settings_from_environment()[0]
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -140,12 +146,34 @@ class SparseKCoreAttention(MegatronModule):
         return out.squeeze(0).flatten(1)
 
 
+def complete_submodules(submodules: Any, config: TransformerConfig, *, fused_input_norm: bool) -> Any:
+    """Self attention submodules of a spec made before the configuration, with the slots that depend on it.
+
+    Raises NotImplementedError for mixture of experts, which such a spec cannot hold.
+    """
+    if config.num_moe_experts is not None:
+        raise NotImplementedError(
+            f"--num-experts {config.num_moe_experts}: this spec object has dense MLPs; use the function "
+            "sparsek_megatron.specs.sparsek_spec, or get_sparsek_block_spec(config)"
+        )
+    if not config.qk_layernorm:
+        return submodules
+    norm = compat.transformer_engine_norm() if fused_input_norm else QKNorm
+    return dataclasses.replace(submodules, q_layernorm=norm, k_layernorm=norm)
+
+
 class SparseKSelfAttention(SelfAttention):
     """Megatron's self attention with a `ScoringNetwork`, whose scores go to the core attention.
 
-    `fused_input_norm` says that the QKV projection contains the layer's input norm (Transformer Engine), so
-    that the hidden states arriving here are the raw residual: the scorer then gets its own norm, unless
-    `sparsek.scorer_norm` decides otherwise. All other arguments are those of `SelfAttention`.
+    sparsek           the settings; None reads the environment
+    fused_input_norm  the QKV projection contains the layer's input norm (Transformer Engine), so that the
+                      hidden states arriving here are the raw residual: the scorer then gets its own norm,
+                      unless `sparsek.scorer_norm` decides otherwise
+    before_config     the spec was made without the model's configuration: q/k norms are filled in here
+    layer_slots       names of the classes in the layer's other slots, for the report on rank 0
+
+    All other arguments are those of `SelfAttention`. Raises NotImplementedError for a configuration that
+    SparseK attention does not support, naming the flag.
     """
 
     def __init__(
@@ -157,13 +185,22 @@ class SparseKSelfAttention(SelfAttention):
         *args: Any,
         sparsek: SparseKConfig | None = None,
         fused_input_norm: bool = False,
+        before_config: bool = False,
+        layer_slots: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse.check_model_config(config)
+        refuse.check_running_script()
+        if before_config:
+            submodules = complete_submodules(submodules, config, fused_input_norm=fused_input_norm)
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
-        self.sparsek = sparsek or SparseKConfig()
+        self.sparsek, source = (sparsek, "code") if sparsek else settings_from_environment()
         own_norm = fused_input_norm if self.sparsek.scorer_norm is None else self.sparsek.scorer_norm
         self.scorer = ScoringNetwork(config, self.sparsek, tp_group=self.pg_collection.tp, own_norm=own_norm)
+        self.training_forwards = 0
+        built = {name: type(module).__name__ for name, module in self.named_children()}
+        length = reference_length(config, self.sparsek)
+        report_once(self.sparsek, source, length, {**(layer_slots or {}), **built})
 
     def scores(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
         """Scores [b, s, ng/tp] fp32 of the whole sequence.
@@ -197,16 +234,40 @@ class SparseKSelfAttention(SelfAttention):
         refuse.check_attention_mask(attention_mask)
         if attention_bias is not None:
             raise NotImplementedError("attention_bias: not supported; use RoPE for relative positions")
+        scores = self.scores(hidden_states, packed_seq_params)
+        self._watch_pool(scores, packed=packed_seq_params is not None)
         return super().forward(
             hidden_states,
             None,  # pyright: ignore[reportArgumentType]
             key_value_states,
             None,
             *args,
-            attention_bias=self.scores(hidden_states, packed_seq_params),
+            attention_bias=scores,
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+
+    def _watch_pool(self, scores: Tensor, *, packed: bool) -> None:
+        """Every `overflow_interval` training forwards, warn where the pool overflows too often."""
+        settings = self.sparsek
+        if settings.overflow_warning is None or packed or not (self.training and torch.is_grad_enabled()):
+            return
+        self.training_forwards += 1
+        if self.training_forwards % settings.overflow_interval or settings.hard_selection:
+            return
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        assert settings.pool is not None
+        overflowing, looked_at = pool_overflow(
+            scores, topk=settings.topk, window=settings.window, stride=settings.stride, pool=settings.pool
+        )
+        if looked_at and overflowing > settings.overflow_warning * looked_at:
+            warnings.warn(
+                f"layer {self.layer_number}: the pool of {settings.pool} overflows at {overflowing} of "
+                f"{looked_at} "
+                "refresh points (scores are too close together): raise SparseKConfig.pool or score_spread",
+                stacklevel=2,
+            )
 
     def _checkpointed_attention_forward(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from megatron.core.package_info import __version__ as MCORE_VERSION
 from megatron.core.transformer import torch_norm, transformer_block
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 MINIMUM_MCORE = (0, 16, 1)
 FIRST_UNSUPPORTED_MCORE = (0, 20, 0)
@@ -76,6 +78,33 @@ def attention_backend_overwrites(config: Any) -> bool:
     """
     backend = getattr(getattr(config, "attention_backend", None), "name", None)
     return backend == "local" and version_tuple(MCORE_VERSION) >= (0, 17, 0)
+
+
+def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | None) -> list[int]:
+    """Global indices (from 0) of the decoder layers that this pipeline stage builds, for any pipeline
+    layout.
+    """
+    if config.pipeline_model_parallel_layout is not None:
+        return config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = transformer_block.get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return list(range(first, first + count))
+
+
+def mtp_layers_numbered_from_one() -> bool:
+    """Whether multi-token prediction layers get layer numbers 1, 2, ... instead of ones past the
+    decoder's.
+    """
+    return version_tuple(MCORE_VERSION) >= (0, 17, 0)
+
+
+def transformer_engine_norm() -> Any:
+    """megatron-core's norm over Transformer Engine."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def is_plain_norm(slot: Any) -> bool:

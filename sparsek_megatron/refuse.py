@@ -7,6 +7,7 @@ trains dense attention, or attention over the wrong tokens.
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -98,6 +99,16 @@ def check_training_arguments(args: object) -> None:
             "--use-megatron-fsdp: not supported; use --use-distributed-optimizer, or DeepSpeed ZeRO through "
             "examples/pretrain_gpt.py"
         )
+
+
+def check_running_script() -> None:
+    """`check_training_arguments` on Megatron-LM's arguments, where its training package is running this
+    process.
+    """
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    arguments = getattr(global_vars, "_GLOBAL_ARGS", None)
+    if arguments is not None:
+        check_training_arguments(arguments)
 
 
 def check_mask_type(attn_mask_type: AttnMaskType | None, *, packed: bool) -> None:

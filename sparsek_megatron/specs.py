@@ -3,11 +3,17 @@
 
 Every spec here is made by calling megatron-core's own spec function and replacing fields of what it returns,
 so that whatever a version adds to a layer arrives unchanged.
+
+    get_sparsek_layer_spec      one ModuleSpec for every layer
+    get_sparsek_block_spec      the layers of this pipeline stage, MoE pattern and final norm included
+    sparsek_layer_spec          an object for `--spec sparsek_megatron.specs sparsek_layer_spec`
+    sparsek_spec                a function for loaders that call what `--spec` names
+
+Settings that are None come from the environment (`sparsek_megatron.environment`).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -20,21 +26,28 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from sparsek_megatron import compat, refuse
 from sparsek_megatron.attention import SparseKCoreAttention, SparseKSelfAttention
 from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.environment import settings_from_environment
+from sparsek_megatron.layer_pattern import PatternedSelfAttention, dense_indices, has_pattern
 from sparsek_megatron.norm import Norm, QKNorm
 
 IMPLEMENTATIONS = ("local", "transformer_engine")
+LAYER_NORMS = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
 
 
-def resolve_implementation(implementation: str | None, config: TransformerConfig | None) -> str:
-    """ "local" or "transformer_engine": the argument, else the config's transformer_impl, else TE where
-    installed.
+def resolve_implementation(implementation: str | None, config: TransformerConfig | None = None) -> str:
+    """The argument, else the config's transformer_impl, else TE where installed: "local" or
+    "transformer_engine".
 
-    Raises ValueError for another name, and where Transformer Engine is asked for and missing.
+    A config's "transformer_engine" (megatron-core's default) means "local" where TE is not installed.
+    Raises ValueError for another name, and where Transformer Engine is asked for by argument and missing.
     """
     if implementation is None:
-        asked = getattr(config, "transformer_impl", None)
-        available = compat.have_transformer_engine()
-        return "transformer_engine" if available and asked in (None, "transformer_engine") else "local"
+        asked = getattr(config, "transformer_impl", "transformer_engine")
+        if asked == "inference_optimized":
+            raise NotImplementedError(
+                "--transformer-impl inference_optimized: train with local or transformer_engine"
+            )
+        return asked if compat.have_transformer_engine() else "local"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"transformer_impl={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "transformer_engine" and not compat.have_transformer_engine():
@@ -42,42 +55,83 @@ def resolve_implementation(implementation: str | None, config: TransformerConfig
     return implementation
 
 
-def _replace_norms(layer: Any) -> Any:
-    """Our norm in every norm slot of a local layer's submodules (a `TransformerLayerSubmodules`)."""
+def slot_name(slot: Any) -> str:
+    """Name of the class in a slot of a spec: a class, a ModuleSpec, a partial or a function."""
+    inner = getattr(slot, "module", None) or getattr(slot, "func", None) or slot
+    return getattr(inner, "__qualname__", type(inner).__name__)
+
+
+def _with_our_norms(layer: Any) -> Any:
+    """Our norm in every norm slot of a local layer's submodules."""
+    present = [name for name in LAYER_NORMS if getattr(layer, name, IdentityOp) is not IdentityOp]
+    return dataclasses.replace(layer, **dict.fromkeys(present, Norm))
+
+
+def _with_our_qk_norms(attention: Any) -> Any:
+    """Our q/k norms in the slots of a local `SelfAttention` spec that hold a plain norm."""
     replaced = {
-        name: Norm
-        for name in ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
-        if getattr(layer, name, IdentityOp) is not IdentityOp
+        name: QKNorm
+        for name in ("q_layernorm", "k_layernorm")
+        if compat.is_plain_norm(getattr(attention.submodules, name))
     }
-    return dataclasses.replace(layer, **replaced)
+    return dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **replaced))
 
 
-def _sparsek_attention(stock: Any, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
+def _sparsek_attention(
+    stock: Any, sparsek: SparseKConfig | None, *, local: bool, before_config: bool, slots: dict[str, str]
+) -> ModuleSpec:
     """A stock `SelfAttention` spec with SparseK in the module and core attention slots."""
-    replaced: dict[str, Any] = {
-        "core_attention": ModuleSpec(module=SparseKCoreAttention, params={"sparsek": sparsek})
-    }
-    if local:
-        for name in ("q_layernorm", "k_layernorm"):
-            if compat.is_plain_norm(getattr(stock.submodules, name)):
-                replaced[name] = QKNorm
-    return ModuleSpec(
+    core: Any = ModuleSpec(module=SparseKCoreAttention, params={"sparsek": sparsek})
+    return dataclasses.replace(
+        stock,
         module=SparseKSelfAttention,
-        params={**stock.params, "sparsek": sparsek, "fused_input_norm": not local},
-        submodules=dataclasses.replace(stock.submodules, **replaced),
-        metainfo=copy.copy(stock.metainfo),
+        params={
+            **stock.params,
+            "sparsek": sparsek,
+            "fused_input_norm": not local,
+            "before_config": before_config,
+            "layer_slots": slots,
+        },
+        submodules=dataclasses.replace(stock.submodules, core_attention=core),
     )
 
 
-def to_sparsek(layer: Any, sparsek: SparseKConfig, *, local: bool) -> ModuleSpec:
-    """A stock transformer layer spec with SparseK attention, and with our norms where `local`."""
-    submodules = dataclasses.replace(
-        layer.submodules,
-        self_attention=_sparsek_attention(layer.submodules.self_attention, sparsek, local=local),
-    )
+def to_sparsek(
+    layer: Any,
+    sparsek: SparseKConfig | None,
+    *,
+    local: bool,
+    dense: bool | None = None,
+    before_config: bool = False,
+) -> Any:
+    """A stock transformer layer spec with SparseK attention, and with our norms where `local`.
+
+    dense: True keeps the stock attention, False replaces it, None decides by `sparsek`'s layer pattern when
+    the layer is built. before_config: the stock spec was made without the model's configuration, so that
+    slots which depend on it are filled when the layer is built.
+    """
+    submodules = _with_our_norms(layer.submodules) if local else layer.submodules
+    stock = submodules.self_attention
     if local:
-        submodules = _replace_norms(submodules)
-    return dataclasses.replace(layer, submodules=submodules)
+        stock = _with_our_qk_norms(stock)
+    slots = {
+        name: slot_name(getattr(submodules, name)) for name in ("input_layernorm", "pre_mlp_layernorm", "mlp")
+    }
+    attention = _sparsek_attention(stock, sparsek, local=local, before_config=before_config, slots=slots)
+    if dense:
+        attention = stock
+    elif dense is None and (sparsek is None or has_pattern(sparsek)):
+        attention = ModuleSpec(
+            module=PatternedSelfAttention,  # pyright: ignore[reportArgumentType]
+            params={**stock.params, "dense": stock, "sparse": attention, "sparsek": sparsek},
+        )
+    return dataclasses.replace(layer, submodules=dataclasses.replace(submodules, self_attention=attention))
+
+
+def _stock_layer(local: bool, normalization: str, **keywords: Any) -> Any:
+    if local:
+        return gpt_layer_specs.get_gpt_layer_local_spec(normalization=normalization, **keywords)
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**keywords)
 
 
 def get_sparsek_layer_spec(
@@ -85,39 +139,37 @@ def get_sparsek_layer_spec(
     *,
     sparsek: SparseKConfig | None = None,
     transformer_impl: str | None = None,
-    num_experts: int | None = None,
-    moe_grouped_gemm: bool | None = None,
-    qk_layernorm: bool | None = None,
-    normalization: str | None = None,
     **stock: Any,
 ) -> ModuleSpec:
     """Spec of a transformer layer with SparseK attention, for `GPTModel(transformer_layer_spec=...)`.
 
-    config: the model's configuration, from which arguments left None are read. transformer_impl: "local" or
-    "transformer_engine". Further keywords go to megatron-core's stock spec function. Raises
-    NotImplementedError for configurations that SparseK attention does not support, naming the flag.
+    config: the model's configuration, which fills what depends on it (MoE, q/k norms) and is checked;
+    without it those slots are filled when a layer is built, and MoE needs `num_experts=`. sparsek: the
+    settings; None reads the environment. transformer_impl: "local" or "transformer_engine". Further keywords
+    go to megatron-core's stock spec function and win over the configuration.
+
+    A layer pattern in `sparsek` is applied by global layer number, under any pipeline split. Without
+    Transformer Engine the model's final norm is set to `sparsek_megatron.Norm`
+    (`compat.replace_stock_torch_norm`), since the stock one refuses sequence parallelism.
+
+    Raises NotImplementedError for a configuration that SparseK attention does not support, naming the flag.
     """
-    sparsek = sparsek or SparseKConfig()
+    local = resolve_implementation(transformer_impl, config) == "local"
+    keywords: dict[str, Any] = {"normalization": "LayerNorm"}
     if config is not None:
         refuse.check_model_config(config)
-    local = resolve_implementation(transformer_impl, config) == "local"
-
-    def setting(value: Any, name: str, default: Any) -> Any:
-        return value if value is not None else getattr(config, name, default)
-
-    keywords = {
-        "num_experts": setting(num_experts, "num_moe_experts", None),
-        "moe_grouped_gemm": setting(moe_grouped_gemm, "moe_grouped_gemm", False),
-        "qk_layernorm": setting(qk_layernorm, "qk_layernorm", False),
-        **stock,
-    }
+        sparsek = sparsek or settings_from_environment()[0]
+        dense_indices(sparsek, config.num_layers)
+        names = {"num_experts": "num_moe_experts", "moe_grouped_gemm": "moe_grouped_gemm"}
+        names |= {"qk_layernorm": "qk_layernorm", "normalization": "normalization"}
+        keywords = {keyword: getattr(config, name) for keyword, name in names.items()}
+    keywords.update(stock)
     if local:
         compat.replace_stock_torch_norm(Norm)
-        keywords["normalization"] = setting(normalization, "normalization", "LayerNorm")
-        layer = gpt_layer_specs.get_gpt_layer_local_spec(**keywords)
-    else:
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**keywords)
-    return to_sparsek(layer, sparsek, local=local)
+    layer = _stock_layer(local, **keywords)
+    return to_sparsek(
+        layer, sparsek, local=local, before_config=config is None and "num_experts" not in stock
+    )
 
 
 def get_sparsek_block_spec(
@@ -128,13 +180,14 @@ def get_sparsek_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers of this pipeline stage and of the final norm, for
+    """Specs of this pipeline stage's layers and of the final norm, for
     `GPTModel(transformer_layer_spec=...)`.
 
-    As `get_sparsek_layer_spec`, and with the MoE pattern of `config.moe_layer_freq`.
+    As `get_sparsek_layer_spec`, with the MoE pattern of `config.moe_layer_freq`; the local backend has
+    `sparsek_megatron.Norm` in every norm slot. pp_rank None means this rank's.
     """
-    sparsek = sparsek or SparseKConfig()
     refuse.check_model_config(config)
+    sparsek = sparsek or settings_from_environment()[0]
     local = resolve_implementation(transformer_impl, config) == "local"
     block = gpt_layer_specs.get_gpt_decoder_block_spec(
         config,
@@ -144,9 +197,31 @@ def get_sparsek_block_spec(
         pp_rank=pp_rank,
     )
     assert block.layer_specs is not None
-    layers = [to_sparsek(layer, sparsek, local=local) for layer in block.layer_specs]
+    dense = dense_indices(sparsek, config.num_layers)
+    indices = compat.stage_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [
+        to_sparsek(layer, sparsek, local=local, dense=index in dense)
+        for index, layer in zip(indices, block.layer_specs, strict=True)
+    ]
     norm: Any = Norm if local else block.layer_norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
+def sparsek_spec(*args: Any, vp_stage: int | None = None, **_unused: Any) -> TransformerBlockSubmodules:
+    """Block spec for loaders that call what `--spec` names.
+
+    Accepts `(config)`, `(config, vp_stage)` and `(args, config, vp_stage)`, positionally or by keyword: the
+    conventions of Megatron-LM with megatron-core 0.19 and of slime. Settings come from the environment.
+    """
+    found = [arg for arg in (*args, *_unused.values()) if isinstance(arg, TransformerConfig)]
+    if not found:
+        raise ValueError(
+            "sparsek_spec: no TransformerConfig among the arguments; call sparsek_spec(config, vp_stage)"
+        )
+    if args and isinstance(args[-1], int):
+        vp_stage = args[-1]
+    return get_sparsek_block_spec(found[0], vp_stage=vp_stage)
+
+
 sparsek_layer_spec = get_sparsek_layer_spec()
+sparsek_local_layer_spec = get_sparsek_layer_spec(transformer_impl="local")
