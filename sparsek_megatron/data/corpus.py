@@ -11,8 +11,8 @@ from pathlib import Path
 from sparsek_megatron.errors import UserError
 
 # Left out of the standard-library corpus: tests (some are invalid UTF-8 on purpose), installed packages,
-# and tables of character names, which are data rather than text.
-_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+# character tables and generated documentation, which are not program text.
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)

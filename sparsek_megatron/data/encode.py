@@ -128,7 +128,7 @@ def encode_documents(
     # Fork: a spawned worker would import this module's torch and megatron again, for longer than small corpora take.
     context = multiprocessing.get_context("fork")
     with (
-        tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, mininterval=0.5) as bar,
+        tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=None) as bar,
         context.Pool(workers, initializer=_start_worker, initargs=(model,)) as pool,
     ):
         for name, ids, size in pool.imap(_encode, documents, chunksize=16):
