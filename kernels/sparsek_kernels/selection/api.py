@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from . import torch_backend
 from .geometry import Geometry
 from .threshold import MAX_POOL
+from .triton_backend import select_triton
 from .types import Selection, SelectionState
 
 MAX_KEYS = (1 << 31) - 1
@@ -91,6 +93,12 @@ def _check_values(scores: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None
         raise ValueError(f"scores must be finite, got {used[where].item()} at {where}")
 
 
+def _use_triton(backend: str, scores: torch.Tensor) -> bool:
+    if backend == "triton" and not (scores.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(f'backend "triton" needs scores on a CUDA device, got {scores.device}; use backend="torch"')
+    return scores.is_cuda if backend == "auto" else backend == "triton"
+
+
 def select(
     scores: torch.Tensor,
     *,
@@ -143,11 +151,15 @@ def select(
         _check_state(state, scores, size, window, stride)
     if check:
         _check_values(scores, cu_seqlens)
+    geometry = _geometry(scores, size, window, stride, state)
+    if _use_triton(backend, scores):
+        return select_triton(
+            scores, cu_seqlens, topk=topk, geometry=geometry, hard=hard, state=state, return_state=return_state
+        )
     if cu_seqlens is not None:
         return torch_backend.select_packed(
             scores, cu_seqlens, topk=topk, window=window, stride=stride, pool=size, hard=hard
         )
-    geometry = _geometry(scores, size, window, stride, state)
     return torch_backend.select_rows(
         scores, topk=topk, geometry=geometry, hard=hard, state=state, return_state=return_state
     )

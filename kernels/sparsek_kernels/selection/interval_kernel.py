@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel of the intervals: for each key the first query it leaves, and the slots at which its gate is fractional.
+
+The boundaries of top-k and pool and the threshold never fall from one slot to the next, so each answer is one binary
+search over the slots of the key's sequence, from the slot at which the key enters the pool.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .keys import find_sequence, make_keys
+
+
+@triton.jit
+def intervals(
+    score_ptr,
+    best_ptr,
+    worst_ptr,
+    tau_ptr,
+    evict_ptr,
+    start_ptr,
+    end_ptr,
+    cu_ptr,
+    slot_ptr,
+    num_seqs,
+    num_keys,
+    num_slots,
+    pool,
+    token_base,
+    candidate_base,
+    past,
+    length,
+    first_refresh,
+    heads,
+    window,
+    stride,
+    steps,
+    score_stride_b,
+    score_stride_s,
+    score_stride_h,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Grid (blocks of BLOCK keys, rows). Writes evict, fraction_start and fraction_end [rows, num_keys]."""
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < num_keys
+    live = inside
+    first_token = j * 0  # of the key's sequence, as a query index
+    first_slot = j * 0
+    stop = j * 0 + num_slots
+    last_token = j * 0 + length
+    position = j - token_base + past
+    if PACKED:
+        a = tl.zeros([BLOCK], tl.int32)
+        top = a + num_seqs
+        for _ in range(steps):
+            middle = (a + top) // 2
+            open_ = a < top
+            owns = tl.load(cu_ptr + 1 + middle, mask=open_, other=0) <= j
+            a = tl.where(open_ & owns, middle + 1, a)
+            top = tl.where(open_ & (owns == 0), middle, top)
+        live = inside & (a < num_seqs)
+        first_token = tl.load(cu_ptr + a, mask=live, other=0)
+        last_token = tl.load(cu_ptr + a + 1, mask=live, other=0)
+        first_slot = tl.load(slot_ptr + a, mask=live, other=0)
+        stop = tl.load(slot_ptr + a + 1, mask=live, other=0)
+        position = j - first_token
+    arrival = tl.maximum((position + window + stride - 1) // stride - first_refresh, 0)
+    if STATE:
+        arrival = tl.where(j < pool, 0, arrival)
+    scores = score_ptr + (row // heads) * score_stride_b + (row % heads) * score_stride_h
+    score = tl.load(scores + j.to(tl.int64) * score_stride_s, mask=live, other=float("-inf"))
+    if STATE:
+        live = live & ((j < pool) | (j >= candidate_base)) & (score != float("-inf"))
+    key = make_keys(score, j)
+    u = score.to(tl.float64)
+    best_ptr += row * num_slots
+    worst_ptr += row * num_slots
+    tau_ptr += row * num_slots
+
+    leave = tl.minimum(first_slot + arrival, stop)
+    start = leave
+    end = leave
+    leave_stop = stop
+    start_stop = stop
+    end_stop = stop
+    for _ in range(steps):
+        open_ = live & (leave < leave_stop)
+        middle = (leave + leave_stop) // 2
+        holds = tl.load(best_ptr + middle, mask=open_, other=0) > key
+        leave_stop = tl.where(open_ & holds, middle, leave_stop)
+        leave = tl.where(open_ & (holds == 0), middle + 1, leave)
+
+        open_ = live & (start < start_stop)
+        middle = (start + start_stop) // 2
+        holds = u - tl.load(tau_ptr + middle, mask=open_, other=0.0) < 1.0
+        start_stop = tl.where(open_ & holds, middle, start_stop)
+        start = tl.where(open_ & (holds == 0), middle + 1, start)
+
+        open_ = live & (end < end_stop)
+        middle = (end + end_stop) // 2
+        holds = u - tl.load(tau_ptr + middle, mask=open_, other=0.0) <= 0.0
+        holds = holds | (tl.load(worst_ptr + middle, mask=open_, other=0) > key)
+        end_stop = tl.where(open_ & holds, middle, end_stop)
+        end = tl.where(open_ & (holds == 0), middle + 1, end)
+    start = tl.minimum(start, end)
+    evict = first_token + (leave - first_slot + first_refresh) * stride - past
+    evict = tl.minimum(tl.maximum(evict, 0), last_token)
+    out = row * num_keys + j
+    tl.store(evict_ptr + out, tl.where(live, evict, 0), mask=inside)
+    tl.store(start_ptr + out, tl.where(live, start, 0), mask=inside)
+    tl.store(end_ptr + out, tl.where(live, end, 0), mask=inside)
