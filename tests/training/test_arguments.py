@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags, YAML files, and every refusal that needs no process group."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run
+
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.training.arguments import TrainingConfig, parse
+from sparsek_megatron.training.pretrain import pretrain
+from sparsek_megatron.training.validate import check_precision, check_ranges, sparsek_config
+
+NEEDED = ["--save", "runs/x", "--tokenizer-model", "t.model"]
+
+
+def test_flags_override_yaml_overrides_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "num-layers: 3\nhidden_size: 64\nnum-attention-heads: 4\nseq-length: 128\ntrain-iters: 7\nlr: 1e-3\n"
+        "sequence-parallel: true\ntrain-data-path: [0.3, a, 0.7, b]\nsparsek-pool:\n"
+    )
+    config, processes = parse([*NEEDED, "--config", str(path), "--hidden-size", "32", "--nproc-per-node", "2"])
+    assert (config.num_layers, config.hidden_size, config.lr, config.adam_beta2) == (3, 32, 1e-3, 0.95)
+    assert config.sequence_parallel and config.train_data_path == ("0.3", "a", "0.7", "b")
+    assert config.sparsek_pool is None and processes == 2
+    assert not parse([*NEEDED, "--config", str(path), "--no-sequence-parallel"])[0].sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num-layer: 3", r"unknown key 'num-layer'; did you mean num-layers\?"),
+        ("num-layers: many", "num-layers: 'many' is not an integer"),
+        ("lr: fast", "lr: 'fast' is not a number"),
+        ("sequence-parallel: 1", "sequence-parallel: 1 must be true or false"),
+        ("sparsek-gate: both", "must be one of key_value, value, logit"),
+        ("zero-stage: 4", "must be one of 0, 1, 2, 3"),
+        ("- a", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_names_file_and_key(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"c\.yaml.*{said}"):
+        parse([*NEEDED, "--config", str(path)])
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_file_is_valid(path):
+    config, _ = parse([*NEEDED, "--config", str(path)])
+    check_ranges(config)
+    sparsek_config(config)
+    assert config.num_attention_heads % config.tensor_model_parallel_size == 0
+    if "cpu" not in path.stem:
+        assert config.head_dim in (64, 80, 96, 128, 192, 256)  # what the Triton kernels take
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--num-layrs 3", "--num-layrs: unknown flag; did you mean --num-layers?"),
+        ("--spasek-topk 3", "did you mean --sparsek-topk?"),
+        ("--num-layers three", "--num-layers: invalid int value: 'three'"),
+        ("stray", "'stray': unexpected word"),
+        ("--num-attention-heads 6 --num-query-groups 4", "does not divide --num-attention-heads 6; use one of"),
+        ("--num-attention-heads 3 --num-query-groups 3 --hidden-size 48 --nproc-per-node 2 "
+         "--tensor-model-parallel-size 2", "--num-attention-heads 3: not divisible by --tensor-model-parallel-size 2"),
+        ("--num-query-groups 1 --nproc-per-node 2 --tensor-model-parallel-size 2",
+         "--num-query-groups 1: not divisible by --tensor-model-parallel-size 2"),
+        ("--hidden-size 30", "--hidden-size 30: not divisible by --num-attention-heads 4"),
+        ("--seq-length 63 --nproc-per-node 2 --tensor-model-parallel-size 2 --sequence-parallel",
+         "--seq-length 63: not divisible by --tensor-model-parallel-size 2 under --sequence-parallel"),
+        ("--sequence-parallel", "--sequence-parallel: needs --tensor-model-parallel-size above 1"),
+        ("--sparsek-topk 0", "--sparsek-topk 0: must be between 1 and --seq-length 64"),
+        ("--sparsek-topk 65", "--sparsek-topk 65: must be between 1"),
+        ("--sparsek-window 0", "--sparsek-window 0: must be between 1"),
+        ("--sparsek-stride 100", "--sparsek-stride 100: must be between 1"),
+        ("--sparsek-pool 8", "--sparsek-pool 8: must be above --sparsek-topk 8"),
+        ("--sparsek-pool 3", "--sparsek-pool 3: must be above --sparsek-topk 8"),
+        ("--sparsek-pool 9 --sparsek-hard-selection", "with --sparsek-hard-selection it must equal topk"),
+        ("--sparsek-lr-mult -1", "--sparsek-scorer_lr_mult"),
+        ("--tensor-model-parallel-size 2", "does not divide the 1 processes started"),
+        ("--nproc-per-node 0", "--nproc-per-node 0: must be at least 1"),
+        ("--global-batch-size 3", "--global-batch-size 3: not a multiple of --micro-batch-size 2 x 1"),
+        ("--pipeline-model-parallel-size 2", "use 1, or Megatron's own trainer"),
+        ("--context-parallel-size 2", "--context-parallel-size 2: not supported"),
+        ("--bf16", "--bf16: on CPU this trainer runs in float32"),
+        ("--train-iters 0", "--train-iters is missing"),
+        ("--lr -1", "--lr -1.0: must be at least 0"),
+        ("--lr nan", "--lr nan: must be at least 0"),
+        ("--eval-iters 0", "--eval-iters 0: must be at least 1"),
+        ("--data-path x", "exclude each other"),
+        ("--config absent.yaml", "absent.yaml: cannot be read"),
+        ("--load elsewhere", "--load elsewhere: holds no checkpoint"),
+        ("--train-data-path absent", "absent.bin does not exist"),
+        ("--train-data-path 0.5 a b", "0.5.bin does not exist"),
+        ("--tokenizer-model absent", "--tokenizer-model absent: No such file"),
+    ],
+)  # fmt: skip
+def test_bad_settings_end_in_one_line(prepared, refused, tmp_path, monkeypatch, flags, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    save = tmp_path / "run"
+    message = refused(pretrain, [*prepared.flags(save), *flags.split()], "pretrain_gpt.py")
+    assert said in message
+    assert not save.exists() or list(save.iterdir()) == []
+
+
+def test_another_tokenizer_than_the_datas_is_refused(prepared, refused, tmp_path):
+    from sparsek_megatron.data.tokenizer import train_tokenizer
+
+    other = tmp_path / "other.model"
+    train_tokenizer(["some other text of its own\n" * 9], vocab_size=290, path=other)
+    given = [*prepared.flags(tmp_path / "run"), "--tokenizer-model", str(other)]
+    assert "not the tokenizer that made" in refused(pretrain, given, "")
+    # Data of another program has no card: then the token ids themselves tell.
+    bare = tmp_path / "bare"
+    for suffix in (".bin", ".idx"):
+        Path(f"{bare}{suffix}").write_bytes(Path(prepared.train + suffix).read_bytes())
+    assert "has 290 tokens; give the tokenizer" in refused(pretrain, [*given, "--train-data-path", str(bare)], "")
+
+
+def test_an_unwritable_save_folder_is_refused(prepared, refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = refused(pretrain, prepared.flags(tmp_path / "file" / "run"), "")
+    assert "--save" in message and "cannot write there" in message
+
+
+def checkpoint_of(config: TrainingConfig, save: Path, tokenizer_sha256: str, **changes) -> None:
+    """A run folder whose checkpoint has only what the checks read."""
+    from dataclasses import asdict
+
+    names = ("mlp_width", "query_groups", "head_dim")
+    settings = asdict(config) | {name: getattr(config, name) for name in names} | changes
+    folder = save / "step_00000003"
+    folder.mkdir(parents=True)
+    run_json = {"step": 3, "world_size": changes.pop("world_size", 1), "settings": settings}
+    (folder / "run.json").write_text(json.dumps(run_json | {"tokenizer_sha256": tokenizer_sha256}))
+    (save / "latest").write_text(folder.name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 5}, "a checkpoint of another architecture: its --num-layers is 5, this run's is 2"),
+        ({"query_groups": 4}, "its --num-query-groups is 4, this run's is 2"),
+        ({"sparsek_gate": "value"}, "its --sparsek-gate is value"),
+        ({"zero_stage": 2}, "in another layout: its --zero-stage is 2"),
+        ({"world_size": 4}, "saved by 4 processes, this run has 1; start 4"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(prepared, refused, tmp_path, changes, said):
+    from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+
+    save = tmp_path / "run"
+    flags = [*prepared.flags(save), "--load", str(save)]
+    checkpoint_of(parse(flags)[0], save, SentencePieceTokenizer.load(prepared.tokenizer).sha256, **changes)
+    assert said in refused(pretrain, flags, "")
+
+
+def test_checkpoints_are_not_replaced_by_accident(prepared, refused, tmp_path):
+    save = tmp_path / "run"
+    flags = prepared.flags(save)
+    checkpoint_of(parse(flags)[0], save, "another tokenizer")
+    assert "already holds a checkpoint of step 3; resume it with --load" in refused(pretrain, flags, "")
+    assert "not the tokenizer that" in refused(pretrain, [*flags, "--load", str(save)], "")
+    (save / "latest").write_text("step_00000009")
+    assert "names 'step_00000009', which is not a checkpoint" in refused(pretrain, [*flags, "--load", str(save)], "")
+
+
+def test_bf16_with_tensor_parallelism_needs_zero(prepared):
+    config, _ = parse([*prepared.flags(Path("x")), "--zero-stage", "0", "--tensor-model-parallel-size", "2"])
+    check_precision(config, on_gpu=False)
+    with pytest.raises(UserError, match="wrong gradient norm"):
+        check_precision(config, on_gpu=True)
+
+
+def test_the_program_itself_exits_with_two_and_one_line(prepared, tmp_path):
+    said = run("pretrain_gpt.py", *prepared.flags(tmp_path / "run"), "--num-layrs", "4", code=2)
+    assert said == "error: --num-layrs: unknown flag; did you mean --num-layers?\n"

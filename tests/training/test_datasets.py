@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens a step sees: Megatron's datasets behind an order that depends on nothing but the seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from sparsek_megatron.data.datasets import DataPaths, StepSampler, batches, build_datasets, validation_entropy
+from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import UserError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    """mcore's blended datasets ask for their rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(prepared, cache: Path, paths: DataPaths, *, train: int = 40, valid: int = 4, length: int = 64, seed: int = 1):
+    tokenizer = SentencePieceTokenizer.load(prepared.tokenizer)
+    return build_datasets(
+        paths, tokenizer, sequence_length=length, train_samples=train, valid_samples=valid, seed=seed, cache=cache
+    )
+
+
+def test_samples_are_pieces_of_the_text_shifted_by_one(prepared, tmp_path):
+    paths = DataPaths(train=(prepared.train,), valid=(prepared.valid,))
+    train, valid = build(prepared, tmp_path, paths)
+    assert isinstance(train, GPTDataset) and isinstance(valid, GPTDataset)
+    dataset = IndexedDataset(prepared.train)
+    stream = np.concatenate([dataset[i] for i in range(len(dataset))])
+    for sample in (train[0], train[7]):
+        assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+        tokens, labels = sample["tokens"].numpy(), sample["labels"].numpy()
+        assert (tokens[1:] == labels[:-1]).all() and sample["loss_mask"].min() == 1
+        inside = tokens[: max(8, int(np.argmax(tokens == 1)))]  # up to the end of a document
+        windows = np.lib.stride_tricks.sliding_window_view(stream, len(inside))
+        assert (windows == inside).all(axis=1).any()
+
+
+def test_the_order_depends_on_the_seed_alone(prepared, tmp_path):
+    paths = DataPaths(train=(prepared.train,), valid=(prepared.valid,))
+    first, again, other = (
+        [build(prepared, tmp_path / name, paths, seed=seed)[0][i]["tokens"].tolist() for i in range(10)]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+
+
+def test_blends_and_splits_of_one_dataset(prepared, tmp_path):
+    train, valid = build(prepared, tmp_path, DataPaths(blend=(prepared.train,), split="90,10,0"))
+    assert len(train) >= 40 and len(valid) >= 4
+    blend = ("0.7", prepared.train, "0.3", prepared.valid)
+    mixed, _ = build(prepared, tmp_path, DataPaths(train=blend, valid=(prepared.valid,)), train=100)
+    assert len(mixed) >= 100
+
+
+def test_too_little_data_is_refused(prepared, tmp_path):
+    paths = DataPaths(train=(prepared.train,), valid=(prepared.valid,))
+    with pytest.raises(UserError, match=r"--seq-length 10000000: .* has only"):
+        build(prepared, tmp_path, paths, length=10_000_000)
+    unweighted = DataPaths(train=(prepared.train, prepared.valid), valid=(prepared.valid,))
+    with pytest.raises(UserError, match="give the blend weights"):
+        build(prepared, tmp_path, unweighted, train=1_000_000)
+
+
+def sampled(first: int, last: int, *, micro: int, world: int, batch: int = 8) -> list[int]:
+    """Samples of steps in the order of steps, all ranks together."""
+    ranks = [
+        list(StepSampler(first_sample=first * batch, last_sample=last * batch, micro_batch_size=micro,
+                         global_batch_size=batch, rank=rank, world_size=world))
+        for rank in range(world)
+    ]  # fmt: skip
+    per_step = batch // world // micro
+    order = []
+    for step in range(last - first):
+        for rank in ranks:
+            order += [i for group in rank[step * per_step : (step + 1) * per_step] for i in group]
+    return order
+
+
+@pytest.mark.parametrize(("micro", "world"), [(1, 1), (2, 1), (8, 1), (2, 2), (1, 4), (2, 4), (1, 8)])
+def test_each_step_sees_the_same_samples_on_any_layout(micro, world):
+    assert sampled(0, 5, micro=micro, world=world) == list(range(40))
+    assert sampled(3, 5, micro=micro, world=world) == list(range(24, 40))
+
+
+def test_batches_are_stacked_samples(prepared, tmp_path):
+    train, _ = build(prepared, tmp_path, DataPaths(train=(prepared.train,), valid=(prepared.valid,)))
+    sampler = StepSampler(
+        first_sample=4, last_sample=8, micro_batch_size=2, global_batch_size=4, rank=0, world_size=1
+    )
+    got = list(batches(train, sampler, num_workers=0, pin=False))
+    assert [b["tokens"].shape for b in got] == [(2, 64), (2, 64)] and len(sampler) == 2
+    assert (got[1]["labels"][0] == train[6]["labels"]).all()
+
+
+def test_entropy_with_and_without_a_card(prepared, tmp_path):
+    size = SentencePieceTokenizer.load(prepared.tokenizer).vocab_size
+    bare = tmp_path / "bare"
+    for suffix in (".bin", ".idx"):
+        Path(f"{bare}{suffix}").write_bytes(Path(prepared.valid + suffix).read_bytes())
+    with_card = validation_entropy(DataPaths(train=(prepared.train,), valid=(prepared.valid,)), size)
+    without = validation_entropy(DataPaths(train=(prepared.train,), valid=(str(bare),)), size)
+    assert without == pytest.approx(with_card, abs=1e-12)
