@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as mcore_random
 
 
@@ -49,6 +50,10 @@ def _set_rng_state(new_state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None
     torch.set_rng_state(new_state)
 
 
+def _causal_mask(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
 def _current_device() -> torch.device:
     return torch.device("cpu")
 
@@ -56,8 +61,9 @@ def _current_device() -> torch.device:
 def enable_cpu() -> None:
     """Let megatron-core build and run models on CPU in this process, with gloo as the collective backend.
 
-    Replaces three things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two
-    functions that read and set the CUDA RNG state; and the RNG tracker. Call it before
+    Replaces four things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two
+    functions that read and set the CUDA RNG state; the RNG tracker; and the default causal mask of stock dense
+    attention. Call it before
     `tensor_parallel.model_parallel_cuda_manual_seed`, and build models with `use_cpu_initialization=True`.
     Calling it twice is harmless. Raises RuntimeError where CUDA is available: there it would misplace
     tensors.
@@ -67,4 +73,5 @@ def enable_cpu() -> None:
     torch.cuda.current_device = _current_device  # pyright: ignore[reportAttributeAccessIssue]
     mcore_random._get_cuda_rng_state = _get_rng_state
     mcore_random._set_cuda_rng_state = _set_rng_state
+    fused_softmax.get_default_causal_mask = _causal_mask  # pyright: ignore[reportAttributeAccessIssue]
     mcore_random.CudaRNGStatesTracker = CpuRNGStatesTracker  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 
 from sparsek_megatron.cpu import enable_cpu
 
@@ -28,6 +29,10 @@ def start_process_group() -> None:
     """
     enable_cpu()
     torch.set_num_threads(1)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16.1 without Transformer Engine leaves the name undefined
+    if torch.distributed.is_initialized():
+        return
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -77,6 +82,7 @@ def tiny_config(**changes: Any) -> TransformerConfig:
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
         "attention_softmax_in_fp32": True,
+        "init_method_std": 0.2,
     }
     settings.update(changes)
     for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
