@@ -110,3 +110,6 @@ def transformer_engine_norm() -> Any:
 def is_plain_norm(slot: Any) -> bool:
     """Whether a q_layernorm/k_layernorm slot of a stock local spec holds a norm that `QKNorm` replaces."""
     return slot is torch_norm.WrappedTorchNorm or getattr(slot, "__name__", "") == "FusedLayerNorm"
+
+
+require_supported_mcore()

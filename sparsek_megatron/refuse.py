@@ -61,6 +61,16 @@ def check_model_config(config: TransformerConfig) -> None:
             "SparseKConfig.window",
         ),
         (
+            bool(config.fp8_dot_product_attention or config.fp8_multi_head_attention),
+            "--fp8-dot-product-attention / --fp8-multi-head-attention: SparseK attention runs in bf16, "
+            "fp16 or fp32; "
+            "leave it out (FP8 linear layers keep working)",
+        ),
+        (
+            config.normalization not in ("RMSNorm", "LayerNorm"),
+            f"--normalization {config.normalization}: use RMSNorm or LayerNorm",
+        ),
+        (
             config.context_parallel_size > 1,
             f"--context-parallel-size {config.context_parallel_size}: not supported by this release; use "
             "tensor and "
@@ -81,13 +91,21 @@ def check_model_config(config: TransformerConfig) -> None:
 def check_training_arguments(args: object) -> None:
     """Refuse flags of Megatron-LM's training script that the model's configuration does not carry.
 
-    `args` is `megatron.training.get_args()`. Raises NotImplementedError naming the flag and what to use.
+    `args` is `megatron.training.get_args()`. Raises NotImplementedError naming the flag and what to use,
+    ValueError for a sequence length that sequence parallelism cannot split.
     """
     if getattr(args, "reset_attention_mask", False) and not getattr(args, "sft", False):
         raise NotImplementedError(
             "--reset-attention-mask: the mask does not reach SparseK attention and documents would see "
             "each other; "
             "leave it out, or pass document boundaries as packed_seq_params (cu_seqlens)"
+        )
+    tp = getattr(args, "tensor_model_parallel_size", 1)
+    if getattr(args, "sequence_parallel", False) and getattr(args, "seq_length", tp) % tp:
+        raise ValueError(
+            f"--seq-length {getattr(args, 'seq_length', None)} is not a multiple of "
+            f"--tensor-model-parallel-size {tp}, "
+            "which --sequence-parallel needs: pad the length or leave --sequence-parallel out"
         )
     if getattr(args, "use_torch_fsdp2", False):
         raise NotImplementedError(
