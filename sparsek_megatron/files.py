@@ -2,6 +2,8 @@
 """Files that are either complete or absent: write aside, fsync, rename."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,7 +59,9 @@ def require_writable_folder(folder: Path, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as err:
-        raise UserError(f"{flag} {folder}: cannot write there ({err.strerror}); choose another folder") from None
+        raise UserError(
+            f"{flag} {folder}: cannot write there ({err.strerror}); choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -71,3 +75,21 @@ def require_free_space(folder: Path, needed_bytes: int, flag: str) -> None:
             f"{flag} {folder}: {needed_bytes / 1e9:.2f} GB needed but {free / 1e9:.2f} GB free on that disk; "
             "free some space or choose another folder"
         )
+
+
+def lock_folder(folder: Path, flag: str) -> IO[Any]:
+    """Hold `folder` for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    stream = open(folder / ".lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            stream.close()
+            raise UserError(f"{flag} {folder}: another run is writing there; wait for it or end it") from None
+        if err.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            raise
+    return stream

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.errors import UserError, describe_os_error
+from sparsek_megatron.errors import RankError, UserError, describe_os_error
 from sparsek_megatron.files import atomic_write, fsync_path, publish
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
 from sparsek_megatron.training.parallel import Machine
@@ -180,7 +180,7 @@ def save(engine: Any, config: TrainingConfig, machine: Machine, *, step: int, to
         shutil.rmtree(partial, ignore_errors=True)
         good = latest_step(root)
         kept = f"the checkpoint of step {good} is intact" if good is not None else "there is no earlier checkpoint"
-        raise UserError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
+        raise RankError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
     dist.barrier()
     return final
 
@@ -235,7 +235,7 @@ def _readable(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as err:
-        raise UserError(
+        raise RankError(
             f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:160]}); "
             f"write the name of an older one into {folder / LATEST}"
         ) from err
@@ -268,8 +268,9 @@ def _deepspeed_classes() -> list[Any]:
     """The plain data classes that DeepSpeed pickles into its optimizer files."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum]
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _rng_states(machine: Machine) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from sparsek_megatron.data.datasets import build_datasets, validation_entropy
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.files import require_free_space
+from sparsek_megatron.files import lock_folder, require_free_space
 from sparsek_megatron.training import checkpoint, parallel
 from sparsek_megatron.training.arguments import TrainingConfig, parse
 from sparsek_megatron.training.engine import build_engine
@@ -42,6 +42,7 @@ def _run(config: TrainingConfig) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     machine = parallel.initialize(config)
+    lock = lock_folder(Path(config.save), "--save") if machine.is_first else None
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
     own_parameters = sum(p.numel() for p in model.parameters())
@@ -82,6 +83,8 @@ def _run(config: TrainingConfig) -> None:
     finally:
         if report:
             report.close()
+    if lock:
+        lock.close()
     parallel.shutdown()
 
 

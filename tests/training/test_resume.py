@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed and resumed is bitwise the run that was not, over TP=2, sequence parallelism and ZeRO-1."""
+
+import json
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Prepared, run, start
+
+from sparsek_megatron.training.report import read_metrics
+
+PARALLEL = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+
+def train(prepared: Prepared, save: Path, *more: str, **options) -> str:
+    return run("pretrain_gpt.py", *prepared.flags(save), "--load", str(save), *PARALLEL, *more, **options)
+
+
+def trajectory(save: Path) -> list[dict]:
+    """Every record of the run, in order: losses, learning rates and gradient norms to the last bit."""
+    return read_metrics(save)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and to its workers, which have sessions of their own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory) -> Path:
+    save = tmp_path_factory.mktemp("uninterrupted")
+    said = train(prepared, save)
+    assert "2 x CPU: gloo, torch kernels, fp32, TP=2 with sequence parallelism, DP=1, ZeRO-1" in said
+    assert "step 8: validation loss" in said and "unigram entropy" in said and "tokens/s" in said
+    return save
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    steps = [r["step"] for r in trajectory(uninterrupted) if "loss" in r]
+    assert steps == list(range(1, 9))
+    assert [r["step"] for r in trajectory(uninterrupted) if "valid_loss" in r] == [0, 4, 8]
+    assert (uninterrupted / "latest").read_text() == "step_00000008"
+    assert sorted(p.name for p in uninterrupted.glob("*step_*")) == [f"step_0000000{n}" for n in (3, 6, 8)]
+    assert (uninterrupted / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((uninterrupted / "tensorboard").glob("events.*"))
+    losses = [r["loss"] for r in trajectory(uninterrupted) if "loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "killed"
+    process = start("pretrain_gpt.py", *prepared.flags(save), "--load", str(save), *PARALLEL)
+    deadline = time.monotonic() + 200
+    # Past the checkpoint of step 3, so that logged steps must be taken again.
+    while not any(r["step"] >= 4 for r in read_metrics(save)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    kill_all(process)
+    assert (save / "latest").read_text() in ("step_00000003", "step_00000006")
+    # What a kill inside the writing of a checkpoint leaves.
+    (save / ".partial-step_00000006").mkdir(exist_ok=True)
+    (save / ".partial-step_00000006" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+    with open(save / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 7, "lo')
+    said = train(prepared, save)
+    assert "resuming" in said
+    assert trajectory(save) == trajectory(uninterrupted)
+    assert not list(save.glob(".partial*"))
+
+
+def test_exit_interval_then_resume_then_nothing_left(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "left"
+    train(prepared, save, "--exit-interval", "4", "--keep-last-n", "1")
+    assert [p.name for p in save.glob("step_*")] == ["step_00000004"]
+    assert max(r["step"] for r in trajectory(save)) == 4
+    train(prepared, save, "--keep-last-n", "2")
+    assert sorted(p.name for p in save.glob("step_*")) == ["step_00000006", "step_00000008"]
+    assert trajectory(save) == trajectory(uninterrupted)
+    before = {p: p.stat().st_mtime_ns for p in save.glob("step_*/*")}
+    assert "already at step 8 of 8; nothing left to train" in train(prepared, save)
+    assert {p: p.stat().st_mtime_ns for p in save.glob("step_*/*")} == before
+    assert trajectory(save) == trajectory(uninterrupted)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "full"
+    train(prepared, save, "--exit-interval", "3")
+    largest = max(p.stat().st_size for p in save.glob("step_00000003/*"))
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    said = train(prepared, save, code=2, preexec_fn=small_disk)
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "checkpoint of step 6 not written" in errors[0], said
+    assert "the checkpoint of step 3 is intact" in errors[0] and "Traceback" not in said
+    assert (save / "latest").read_text() == "step_00000003"
+    assert not list(save.glob("*step_00000006"))
+    train(prepared, save)
+    assert trajectory(save) == trajectory(uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_named(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "damaged"
+    shutil.copytree(uninterrupted, save)
+    (save / "latest").write_text("step_00000006")
+    file = next((save / "step_00000006").glob("zero_pp_rank_0_mp_rank_01*"))
+    file.write_bytes(file.read_bytes()[:1000])
+    said = train(prepared, save, code=2)
+    assert "the checkpoint of step 6 cannot be read" in said and "Traceback" not in said
+
+
+def test_a_loss_that_is_no_number_stops_the_run(prepared, tmp_path):
+    save = tmp_path / "nan"
+    said = run("pretrain_gpt.py", *prepared.flags(save), "--lr", "1e30", "--save-interval", "1", code=2)
+    error = said.splitlines()[-1]
+    assert error.startswith("error: step 2: the ") and "stopped" in error and "--lr" in error, said
+    assert f"resume from {save} (step 1)" in error
+    assert (save / "latest").read_text() == "step_00000001"
+
+
+def test_text_is_generated_from_the_checkpoint(uninterrupted):
+    flags = ["--load", str(uninterrupted), "--prompt", "import ", "--max-new-tokens", "8"]
+    first, again = (run("generate_text.py", *flags) for _ in range(2))
+    assert first == again and first.startswith("import ")
+    said = run("generate_text.py", *flags, "--max-new-tokens", "80", code=2)
+    assert said.startswith("error: --max-new-tokens 80") and said.count("\n") == 1
+
+
+def test_settings_are_stored_with_the_checkpoint(uninterrupted):
+    saved = json.loads((uninterrupted / "step_00000008" / "run.json").read_text())
+    assert saved["step"] == 8 and saved["world_size"] == 2 and saved["settings"]["sparsek_topk"] == 8
