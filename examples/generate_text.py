@@ -12,7 +12,7 @@ from sparsek_megatron.quiet import quiet_dependencies
 quiet_dependencies()
 
 from sparsek_megatron.errors import report_user_errors  # noqa: E402
-from sparsek_megatron.training.sampling import generate_program  # noqa: E402
+from sparsek_megatron.training.generate import generate_program  # noqa: E402
 
 if __name__ == "__main__":
     with report_user_errors():

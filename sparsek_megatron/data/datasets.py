@@ -3,7 +3,6 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,88 +11,12 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset
 
-from sparsek_megatron.data.encode import read_card, unigram_entropy
+from sparsek_megatron.data.card import read_card, unigram_entropy
+from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
-
-_ENTROPY_SAMPLE_TOKENS = 50_000_000
-
-
-@dataclass(frozen=True)
-class DataPaths:
-    """Dataset prefixes as Megatron's flags give them, each list a blend (`[prefix ...]` or `[weight prefix ...]`).
-
-    Either `blend` with `split` ("95,5,0"), or `train` and `valid` from separate files.
-    """
-
-    blend: tuple[str, ...] = ()
-    split: str = "95,5,0"
-    train: tuple[str, ...] = ()
-    valid: tuple[str, ...] = ()
-
-    def prefixes(self) -> list[str]:
-        """Every prefix, weights left out."""
-        found: list[str] = []
-        for flag, given in self.by_flag():
-            found += _blend(flag, given)[0]
-        return found
-
-    def by_flag(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(flag, value) of each list that was given."""
-        named = (("--data-path", self.blend), ("--train-data-path", self.train), ("--valid-data-path", self.valid))
-        return [(flag, value) for flag, value in named if value]
-
-
-def _blend(flag: str, given: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
-    try:
-        blend = get_blend_from_list(list(given))
-    except (AssertionError, ValueError):
-        blend = None
-    if blend is None:
-        raise UserError(f"{flag} {' '.join(given)}: give one prefix, several prefixes, or pairs of weight and prefix")
-    return blend
-
-
-def check_data(paths: DataPaths, tokenizer: SentencePieceTokenizer, tokenizer_path: str) -> None:
-    """Raise `UserError` for missing or empty data, and for data made with another tokenizer."""
-    if not paths.by_flag():
-        raise UserError("no training data: give --data-path, or --train-data-path and --valid-data-path")
-    for flag, given in paths.by_flag():
-        for prefix in _blend(flag, given)[0]:
-            for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    raise UserError(
-                        f"{flag} {prefix}: {prefix}{suffix} does not exist; "
-                        "give the prefix without suffix, or make the data with examples/prepare_data.py"
-                    )
-            if Path(prefix + ".bin").stat().st_size == 0:
-                raise UserError(f"{flag} {prefix}: the dataset is empty; prepare it from text that is not")
-            _check_tokenizer(flag, prefix, tokenizer, tokenizer_path)
-
-
-def _check_tokenizer(flag: str, prefix: str, tokenizer: SentencePieceTokenizer, tokenizer_path: str) -> None:
-    card = read_card(prefix)
-    if card is not None:
-        if card.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"--tokenizer-model {tokenizer_path}: not the tokenizer that made {prefix} (its vocabulary: "
-                f"{card.vocab_size}, this one: {tokenizer.vocab_size}); give that model or prepare the data again"
-            )
-        return
-    largest = int(_sample_tokens(prefix).max(initial=0))
-    if largest >= tokenizer.vocab_size:
-        raise UserError(
-            f"{flag} {prefix}: holds token {largest} but --tokenizer-model {tokenizer_path} has "
-            f"{tokenizer.vocab_size} tokens; give the tokenizer that made the data"
-        )
-
-
-def _sample_tokens(prefix: str) -> np.ndarray:
-    dataset = IndexedDataset(prefix)
-    return np.memmap(prefix + ".bin", dtype=dataset.index.dtype, mode="r")[:_ENTROPY_SAMPLE_TOKENS]
 
 
 def validation_entropy(paths: DataPaths, vocab_size: int) -> float:
@@ -102,14 +25,14 @@ def validation_entropy(paths: DataPaths, vocab_size: int) -> float:
     Taken from the card beside one dataset; for several, or for data without a card, counted over at most
     the first 50M tokens of each.
     """
-    flag, given = paths.by_flag()[-1]
-    prefixes = _blend(flag, given)[0]
+    _, given = paths.by_flag()[-1]
+    prefixes = parse_blend(given)[0]
     card = read_card(prefixes[0])
     if len(prefixes) == 1 and card is not None:
         return card.unigram_entropy
     counts = np.zeros(vocab_size, dtype=np.int64)
     for prefix in prefixes:
-        counts += np.bincount(_sample_tokens(prefix), minlength=vocab_size)[:vocab_size]
+        counts += np.bincount(sample_tokens(prefix), minlength=vocab_size)[:vocab_size]
     return unigram_entropy(counts)
 
 
@@ -133,10 +56,10 @@ def build_datasets(
     """
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     if paths.blend:
-        sources: dict[str, Any] = {"blend": _blend("--data-path", paths.blend), "split": paths.split}
+        sources: dict[str, Any] = {"blend": parse_blend(paths.blend), "split": paths.split}
     else:
-        train = _blend("--train-data-path", paths.train)
-        valid = _blend("--valid-data-path", paths.valid) if paths.valid else None
+        train = parse_blend(paths.train)
+        valid = parse_blend(paths.valid) if paths.valid else None
         sources = {"blend_per_split": [train, valid, None]}
     config = GPTDatasetConfig(
         random_seed=seed,

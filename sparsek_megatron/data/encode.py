@@ -5,52 +5,19 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
+from sparsek_megatron.data.card import DatasetCard, unigram_entropy
 from sparsek_megatron.data.corpus import Document
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import atomic_write, fsync_path, publish, temporary_sibling
 
 SUFFIXES = (".bin", ".json", ".idx")  # the order of publishing: a dataset exists once its index does
-
-
-@dataclass(frozen=True)
-class DatasetCard:
-    """What a dataset's `.json` says. `unigram_entropy` is in nats per token, of the dataset's own token counts."""
-
-    tokenizer_sha256: str
-    vocab_size: int
-    documents: int
-    tokens: int
-    unigram_entropy: float
-
-
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution with these counts: the least loss of any model without context."""
-    present = counts[counts > 0].astype(np.float64)
-    probabilities = present / present.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
-
-
-def read_card(prefix: str) -> DatasetCard | None:
-    """The card of the dataset at `prefix`; None for data that another program prepared without one.
-
-    Raises:
-        UserError: the card exists but cannot be read.
-    """
-    path = Path(prefix + ".json")
-    if not path.is_file():
-        return None
-    try:
-        return DatasetCard(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: not a dataset card; prepare the data again with examples/prepare_data.py") from None
 
 
 def existing_files(prefix: str) -> list[str]:

@@ -7,15 +7,17 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import config_from_args, parse_args
-
 from sparsek_megatron.errors import EXIT_USAGE, UserError
 
 
 def is_launched() -> bool:
     """Whether torchrun (or another launcher) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size_of_environment() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_to_start(processes: int | None) -> int:
@@ -31,13 +33,15 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
     Each process gets its share of the cores in OMP_NUM_THREADS. Exits with the first failing process's code; a
     process that ended with a one-line report of a user's error needs no more said about it.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
     arguments = parse_args([f"--nproc-per-node={processes}", *rendezvous, program, *argv])
     config, command, command_arguments = config_from_args(arguments)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    from torch.distributed.launcher.api import elastic_launch
-
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as err:

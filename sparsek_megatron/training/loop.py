@@ -18,6 +18,7 @@ from sparsek_megatron.training.engine import set_learning_rate
 from sparsek_megatron.training.model import token_losses
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.report import Report
+from sparsek_megatron.training.run_folder import latest_step
 from sparsek_megatron.training.schedule import learning_rate
 
 
@@ -118,7 +119,7 @@ class Trainer:
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):
             return
-        good = checkpoint.latest_step(self.config.save)
+        good = latest_step(self.config.save)
         advice = "lower --lr, lengthen --lr-warmup-iters, or look at the data of this step"
         resume = f"resume from {self.config.save} (step {good}) after you" if good is not None else "no checkpoint yet;"
         raise UserError(f"step {step}: the {what} is {value}; training stopped before it was saved. {resume} {advice}")

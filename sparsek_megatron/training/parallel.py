@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes, devices and groups: torch.distributed, mcore's parallel state, and DeepSpeed's view of it."""
 
+import contextlib
 import datetime
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +14,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from sparsek_megatron.errors import EXIT_USAGE, UserError
 from sparsek_megatron.training.arguments import TrainingConfig
+
+_REPORTED = "user_error_reported"
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Machine:
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store
 
     @property
     def on_gpu(self) -> bool:
@@ -30,11 +37,6 @@ class Machine:
     def is_first(self) -> bool:
         """Whether this is the process that prints and writes shared files."""
         return self.rank == 0
-
-
-def world_size_of_environment() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize(config: TrainingConfig) -> Machine:
@@ -60,18 +62,35 @@ def initialize(config: TrainingConfig) -> Machine:
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     else:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True)
+        store, rank, world_size = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True), 0, 1
         os.environ["MASTER_PORT"] = str(store.port)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-    return Machine(dist.get_rank(), dist.get_world_size(), device)
+    return Machine(rank, world_size, device, store)
+
+
+@contextlib.contextmanager
+def end_together(machine: Machine) -> Iterator[None]:
+    """Where one rank ends with a `UserError`, end the others quietly: the broken connections that they see next are
+    no news.
+    """
+    try:
+        yield
+    except UserError:
+        machine.store.set(_REPORTED, "yes")
+        raise
+    except RuntimeError:
+        if machine.world_size > 1 and machine.store.check([_REPORTED]):
+            sys.exit(EXIT_USAGE)
+        raise
 
 
 def shutdown() -> None:

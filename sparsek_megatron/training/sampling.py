@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a trained checkpoint, by the training forward. See `examples/generate_text.py`."""
+"""Text from a trained checkpoint, by the training forward."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,77 +10,36 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.errors import UserError
-from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.training import checkpoint, parallel
-from sparsek_megatron.training.arguments import FIELDS, TrainingConfig
-from sparsek_megatron.training.launcher import is_launched, launch
+from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.model import build_model, token_losses
 
 _BUCKET = 64  # lengths are padded to a multiple, so that a GPU compiles few shapes
 
 
-def build_parser() -> FlagParser:
-    """Flags of the program."""
-    parser = FlagParser(description="Generate text from a checkpoint of pretrain_gpt.py.")
-    parser.add_argument("--load", required=True, help="the run folder; starts as many processes as its TP size")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokenizer-model", help="default: the one that the run used")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def generate_program(argv: Sequence[str], program: str) -> None:
-    """Run the program.
-
-    Raises:
-        UserError: for each thing that the user can fix.
-    """
-    args = build_parser().parse_args(argv)
-    step = checkpoint.latest_step(args.load)
-    if step is None:
-        raise UserError(f"--load {args.load}: holds no checkpoint; give the --save folder of a run")
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0:
-        raise UserError("--max-new-tokens must be at least 1, --temperature and --top-k at least 0")
-    saved = checkpoint.read_run(args.load, step)
-    if saved["settings"]["zero_stage"] == 3:
-        raise UserError(f"--load {args.load}: a ZeRO-3 checkpoint holds no whole weights; generate from ZeRO 0, 1 or 2")
-    config = _config(saved["settings"])
-    tokenizer_path = args.tokenizer_model or config.tokenizer_model
-    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
-    if tokenizer.sha256 != saved["tokenizer_sha256"]:
-        raise UserError(f"--tokenizer-model {tokenizer_path}: not the tokenizer of this checkpoint; give that one")
-    prompt = tokenizer.tokenize(args.prompt) or [tokenizer.eod]
-    longest = config.max_position_embeddings or config.seq_length
-    if len(prompt) + args.max_new_tokens > longest:
-        raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {len(prompt)} tokens this passes the model's "
-            f"{longest} positions; use at most {max(0, longest - len(prompt))}"
-        )
-    if config.tensor_model_parallel_size > 1 and not is_launched():
-        launch(program, argv, config.tensor_model_parallel_size)
-        return
+def print_sample(
+    config: TrainingConfig,
+    tokenizer: SentencePieceTokenizer,
+    folder: Path,
+    step: int,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> None:
+    """Load the weights of a checkpoint and print the prompt with its continuation, on rank 0."""
     machine = parallel.initialize(config)
     model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
-    checkpoint.load_model(model, Path(args.load), step=step)
+    checkpoint.load_model(model, folder, step=step)
     ids = generate(
-        model.eval(), prompt, tokenizer, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_k=args.top_k, seed=args.seed,
-    )  # fmt: skip
+        model.eval(), prompt, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
     if machine.is_first:
         sys.stdout.write(tokenizer.detokenize([*prompt, *ids]) + "\n")
         sys.stdout.flush()
     parallel.shutdown()
-
-
-def _config(settings: dict[str, object]) -> TrainingConfig:
-    """The run's settings; its parallel layout is that of one data-parallel replica."""
-    known = {name: value for name, value in settings.items() if name in FIELDS}
-    tuples = {name: tuple(v) for name, v in known.items() if isinstance(v, list)}
-    return dataclasses.replace(TrainingConfig(), **(known | tuples))  # pyright: ignore[reportArgumentType]
 
 
 @torch.no_grad()

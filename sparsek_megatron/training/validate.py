@@ -4,12 +4,12 @@
 from pathlib import Path
 
 from sparsek_megatron.config import SparseKConfig
-from sparsek_megatron.data.datasets import DataPaths, check_data
+from sparsek_megatron.data.paths import DataPaths, check_data
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import require_writable_folder
-from sparsek_megatron.training import checkpoint
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
+from sparsek_megatron.training.run_folder import check_resume
 
 _AT_LEAST_ONE = (
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "tensor_model_parallel_size",
@@ -36,7 +36,7 @@ def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     check_data(data_paths(config), tokenizer, config.tokenizer_model)
     require_writable_folder(Path(config.save), "--save")
-    checkpoint.check_resume(config, world_size, tokenizer)
+    check_resume(config, world_size, tokenizer)
 
 
 def data_paths(config: TrainingConfig) -> DataPaths:

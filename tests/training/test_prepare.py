@@ -12,7 +12,7 @@ from conftest import run
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from sparsek_megatron.data import corpus
-from sparsek_megatron.data.encode import read_card, unigram_entropy
+from sparsek_megatron.data.card import read_card, unigram_entropy
 from sparsek_megatron.data.prepare import prepare
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 

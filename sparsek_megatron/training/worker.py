@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a training run: groups, model, engine, checkpoint, data, loop."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from sparsek_megatron.data.datasets import build_datasets, validation_entropy
+from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.files import lock_folder, require_free_space
+from sparsek_megatron.training import checkpoint, parallel
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.engine import build_engine
+from sparsek_megatron.training.loop import Trainer
+from sparsek_megatron.training.model import build_model, uses_bf16
+from sparsek_megatron.training.report import Report
+from sparsek_megatron.training.run_folder import changed_settings, check_resume
+from sparsek_megatron.training.validate import data_paths
+
+_BYTES_PER_PARAMETER = 16  # weights, fp32 master copy, two Adam moments, and room for the renamed predecessor
+
+
+def run(config: TrainingConfig) -> None:
+    """Train as this process's rank of the run; the settings have been checked.
+
+    Raises:
+        UserError: what only shows once the run is under way.
+    """
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    machine = parallel.initialize(config)
+    with parallel.end_together(machine):
+        _train(config, machine)
+    parallel.shutdown()
+
+
+def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
+    lock = lock_folder(Path(config.save), "--save") if machine.is_first else None
+    tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
+    model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
+    own_parameters = sum(p.numel() for p in model.parameters())
+    if machine.is_first:
+        needed = own_parameters * config.tensor_model_parallel_size * _BYTES_PER_PARAMETER
+        require_free_space(Path(config.save), needed, "--save")
+    engine, optimizer = build_engine(config, model, machine)
+    start = check_resume(config, machine.world_size, tokenizer) or 0
+    if start:
+        checkpoint.load(engine, config, machine, step=start)
+    paths = data_paths(config)
+    data_parallel = machine.world_size // config.tensor_model_parallel_size
+    batch = config.global_batch_size or config.micro_batch_size * data_parallel
+    train_set, valid_set = build_datasets(
+        paths,
+        tokenizer,
+        sequence_length=config.seq_length,
+        train_samples=config.train_iters * batch,
+        valid_samples=config.eval_iters * batch,
+        seed=config.seed,
+        cache=Path(config.data_cache_path or Path(config.save) / "data_cache"),
+    )
+    report = None
+    if machine.is_first:
+        _introduce(config, machine, own_parameters, optimizer, start)
+        report = Report(
+            config,
+            start=start,
+            tokens_per_step=batch * config.seq_length,
+            entropy=validation_entropy(paths, tokenizer.vocab_size),
+        )
+    trainer = Trainer(
+        config, engine, machine, train_set=train_set, valid_set=valid_set, tokenizer_sha256=tokenizer.sha256,
+        report=report,
+    )  # fmt: skip
+    try:
+        trainer.train(start)
+    finally:
+        if report:
+            report.close()
+    if lock:
+        lock.close()
+
+
+def _introduce(
+    config: TrainingConfig, machine: parallel.Machine, own_parameters: int, optimizer: str, start: int
+) -> None:
+    device = f"GPU ({torch.cuda.get_device_name()})" if machine.on_gpu else "CPU"
+    backend = "NCCL, Triton kernels" if machine.on_gpu else "gloo, torch kernels"
+    precision = "bf16" if uses_bf16(config, on_gpu=machine.on_gpu) else "fp32"
+    tp = config.tensor_model_parallel_size
+    sequence = " with sequence parallelism" if config.sequence_parallel else ""
+    print(
+        f"{machine.world_size} x {device}: {backend}, {precision}, TP={tp}{sequence}, DP={machine.world_size // tp}, "
+        f"ZeRO-{config.zero_stage}, {optimizer}, {own_parameters / 1e6:.2f}M parameters on each rank",
+        flush=True,
+    )
+    if start >= config.train_iters:
+        print(f"{config.load}: already at step {start} of {config.train_iters}; nothing left to train", flush=True)
+    elif start:
+        print(f"resuming {config.load} from step {start}", flush=True)
+        for line in changed_settings(config, start):
+            print(line, flush=True)
