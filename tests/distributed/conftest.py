@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 RANKS = 4
-MODULES = ("cases_parity",)
+MODULES = ("cases_parity", "cases_training")
 
 
 class Launched:

@@ -183,19 +183,21 @@ def full_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: unshard(name, p, p.grad) for name, p in model.named_parameters()}  # pyright: ignore
 
 
+def shard_of(name: str, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's tensor-parallel shard of a whole weight."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    dimension, parts = _split_sizes(name, parameter)
+    if dimension is None:
+        return whole
+    pieces = [p.chunk(group.size(), dimension)[group.rank()] for p in whole.chunk(parts, dimension)]
+    return torch.cat(pieces, dimension)
+
+
 def load_full(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Give each parameter its shard of the whole weights."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    tp, rank = group.size(), group.rank()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            dimension, parts = _split_sizes(name, parameter)
-            weight = weights[name]
-            if dimension is not None:
-                weight = torch.cat(
-                    [p.chunk(tp, dimension)[rank] for p in weight.chunk(parts, dimension)], dimension
-                )
-            parameter.copy_(weight)
+            parameter.copy_(shard_of(name, parameter, weights[name]))
 
 
 def loss_and_gradients(

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's own DDP, distributed optimizer and pipeline schedules with SparseK layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def worst_difference(pair: list[list[float]]) -> float:
+    reference, got = pair
+    return max(abs(a - b) / abs(a) for a, b in zip(reference, got, strict=False))
+
+
+def check(answer: dict[str, Any], *, gradients: bool) -> None:
+    assert worst_difference(answer["losses"]) <= 1e-5
+    assert worst_difference(answer["norms"]) <= 1e-4, "the global gradient norm counts every parameter once"
+    if gradients:
+        assert sum("scorer" in name for name in answer["gradients"]) >= 4
+        worst = max(answer["gradients"].items(), key=lambda item: item[1])
+        assert worst[1] <= 1e-5, worst
+
+
+def test_twenty_steps_on_pp2_tp2_with_sequence_parallelism_follow_one_process_and_learn(launched) -> None:
+    answer = launched["training_tp2_pp2_sp"]
+    check(answer, gradients=True)
+    losses = answer["losses"][1]
+    assert len(losses) == 20
+    assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.1
+
+
+def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_parallelism(launched) -> None:
+    """q/k norms included, whose gradients Megatron would sum over tensor-parallel ranks by their slot's name."""
+    check(launched["training_tp2_dp2_sp_qk_norm"], gradients=False)
+
+
+@pytest.mark.parametrize("split", ["pp2", "pp2_vpp2", "pp2_vpp2_layer_spec"])
+def test_dense_layers_keep_their_global_place_under_pipeline_splits(launched, split: str) -> None:
+    answers = launched["dense_layers_under_virtual_pipelines"]
+    expected = {"0": False, "1": True, "2": True, "3": False}
+    assert answers["reference"] == expected
+    assert answers[split]["kinds"] == expected
+    check(answers[split], gradients=True)
