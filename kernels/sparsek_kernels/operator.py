@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from .operator_kernel import MAX_ROW, gates_triton
 from .selection.threshold import solve_sorted
 
 
@@ -31,6 +32,23 @@ def _gates_torch(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     relative, kth = _threshold(rows, k)
     distance = (rows.double() - kth) - relative
     return distance.clamp(0.0, 1.0).to(rows.dtype), (distance > 0.0) & (distance < 1.0)
+
+
+def _gates(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if rows.is_cuda and rows.shape[1] <= MAX_ROW and rows.dtype != torch.float64:
+        return gates_triton(rows if rows.stride(1) == 1 else rows.contiguous(), k)
+    return _gates_torch(rows, k)
+
+
+def _gates_fake(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    return out, torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+
+
+_LIBRARY = torch.library.Library("sparsek", "FRAGMENT")
+_LIBRARY.define("gates(Tensor rows, int k) -> (Tensor, Tensor)")
+_LIBRARY.impl("gates", _gates, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsek::gates", _gates_fake, lib=_LIBRARY)
 
 
 class _Project(torch.autograd.Function):
@@ -54,7 +72,7 @@ class _Project(torch.autograd.Function):
 class _SparseK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, k: int) -> torch.Tensor:
-        gates, fractional = _gates_torch(rows, k)
+        gates, fractional = torch.ops.sparsek.gates(rows, k)
         ctx.save_for_backward(fractional)
         return gates
 
@@ -67,7 +85,8 @@ class _SparseK(torch.autograd.Function):
 def sparsek(scores: torch.Tensor, k: int, dim: int = -1) -> torch.Tensor:
     """Gates p = argmin ||p - scores||^2 over 0 <= p <= 1, sum p = k along `dim`.
 
-    scores  any shape, float16, bfloat16, float32 or float64; finite, with -inf allowed for "never".
+    scores  any shape, float16, bfloat16, float32 or float64; finite. On CUDA one kernel computes them;
+            float64, and rows beyond 2^24, go through torch, which sorts and synchronises.
     k       the mass, an int >= 1. Where k is at least the length, all gates are 1 and the gradient is 0.
 
     Returns gates of the shape and dtype of `scores`; the threshold is solved in float64. Differentiable any number of

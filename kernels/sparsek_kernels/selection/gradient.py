@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from .gradient_kernels import score_gradient_triton
 from .types import Selection
 
 
@@ -44,7 +45,9 @@ def _slot_sums(selection: Selection, query_sum: torch.Tensor) -> torch.Tensor:
     return prefix[..., last] - prefix[..., torch.minimum(first, last)]
 
 
-def score_gradient(selection: Selection, key_sum: torch.Tensor, query_sum: torch.Tensor) -> torch.Tensor:
+def score_gradient(
+    selection: Selection, key_sum: torch.Tensor, query_sum: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
     """Gradient of the loss with respect to the scores of the E keys.
 
     With dL/dm_ij the gradient of the gate with which query i attends to key j, counted only where j is in F at the slot
@@ -53,9 +56,12 @@ def score_gradient(selection: Selection, key_sum: torch.Tensor, query_sum: torch
     key_sum    [b, hkv, E] float32: per key, the sum over queries
     query_sum  [b, hkv, s] float32: per query, the sum over keys
 
-    Returns [b, E, hkv] float32. Sums to zero over the keys of a sequence up to rounding; zero where nothing is
+    backend "triton", "torch" or "auto" as in `select`. Returns [b, E, hkv] float32. Sums to zero over the keys of a sequence up to rounding; zero where nothing is
     fractional. Rows past cu_seqlens[-1] get 0 whatever the inputs hold there.
     """
+    if backend == "triton" or (backend == "auto" and key_sum.is_cuda):
+        table = None if selection.cu_seqlens is None else slot_offsets(selection.cu_seqlens, selection.stride)
+        return score_gradient_triton(selection, key_sum, query_sum, table)
     sums = _slot_sums(selection, query_sum)
     size = selection.fraction_size
     mean = torch.where(size > 0, sums / size.clamp(min=1), 0.0)

@@ -38,14 +38,36 @@ def key_index(key):
 
 
 @triton.jit
-def merge_best(best, list_ptr, count, SIZE: tl.constexpr):
-    """The SIZE largest of a descending register list and a descending list in memory of `count` keys, descending.
+def count_above(list_ptr, key, LOG_COUNT: tl.constexpr, OR_EQUAL: tl.constexpr):
+    """How many keys of a descending list of 2^LOG_COUNT keys in memory are greater than `key` (or equal), elementwise."""
+    below = (key * 0).to(tl.int32)
+    for i in tl.static_range(LOG_COUNT):
+        probe = tl.load(list_ptr + below + ((1 << (LOG_COUNT - 1 - i)) - 1))
+        greater = probe >= key if OR_EQUAL else probe > key
+        below += tl.where(greater, 1 << (LOG_COUNT - 1 - i), 0)
+    probe = tl.load(list_ptr + below)
+    below += (probe >= key if OR_EQUAL else probe > key).to(tl.int32)
+    return below
 
-    The elementwise maximum of one list and the reverse of the other holds the SIZE largest and is bitonic.
+
+@triton.jit
+def merge_best(out_ptr, a_ptr, b_ptr, LOG_A: tl.constexpr, LOG_B: tl.constexpr):
+    """out = the 2^LOG_A largest keys of two descending lists of 2^LOG_A and 2^LOG_B keys, descending. May be in place.
+
+    The place of a key is its own index plus the number of keys of the other list before it. For list b that is a binary
+    search; for list a it follows by counting: b[j] precedes a[i] exactly where at most i keys of a precede b[j].
     """
-    reverse = SIZE - 1 - tl.arange(0, SIZE)
-    other = tl.load(list_ptr + reverse, mask=reverse < count, other=EMPTY)
-    return tl.bitonic_merge(tl.maximum(best, other), descending=True)
+    lane_a = tl.arange(0, 1 << LOG_A)
+    lane_b = tl.arange(0, 1 << LOG_B)
+    key_a = tl.load(a_ptr + lane_a)
+    key_b = tl.load(b_ptr + lane_b)
+    rank_b = count_above(a_ptr, key_b, LOG_A, True)
+    place_b = lane_b + rank_b
+    place_a = lane_a + tl.cumsum(tl.histogram(rank_b, 1 << LOG_A, mask=rank_b < (1 << LOG_A)), 0)
+    tl.debug_barrier()
+    tl.store(out_ptr + place_a, key_a, mask=place_a < (1 << LOG_A))
+    tl.store(out_ptr + place_b, key_b, mask=place_b < (1 << LOG_A))
+    tl.debug_barrier()
 
 
 @triton.jit

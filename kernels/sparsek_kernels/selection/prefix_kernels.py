@@ -8,7 +8,7 @@ The candidates of a sequence (tokens that reach the pool in this call) are cut i
     scan_carries   (row)         the same over the groups' totals                                     C
     add_carries    (list, row)   merges C into X
 
-List i of a sequence holds the best SIZE >= pool keys of its blocks 0 ... i (with a state: of the carried pool and
+List i of a sequence holds the best SIZE = 2^LOG_SIZE >= pool keys of its blocks 0 ... i (with a state: of the carried pool and
 blocks 0 ... i - 1). "Keep the best SIZE of two sorted lists" is associative, so the order of merging cannot matter.
 Every list is written by one program: no atomics. Each list is merged twice, hence linear work; the chain of dependent
 merges is about 2 sqrt(number of lists).
@@ -124,8 +124,8 @@ def scan_groups(
     score_stride_s,
     score_stride_h,
     GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG_SIZE: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     STATE: tl.constexpr,
 ):
@@ -137,19 +137,19 @@ def scan_groups(
     x_ptr += row * x_stride
     if PACKED:
         num_lists = tl.load(list_ptr + num_seqs)
-    lane = tl.arange(0, SIZE)
-    best = tl.full([SIZE], EMPTY, tl.int64)
+    lane = tl.arange(0, 1 << LOG_SIZE)
     for flat in range(first, tl.minimum(first + GROUP, num_lists)):
-        source, local = _list_source(y_ptr, cu_ptr, list_ptr, num_seqs, flat, PACKED, STATE, BLOCK)
+        source, local = _list_source(y_ptr, cu_ptr, list_ptr, num_seqs, flat, PACKED, STATE, 1 << LOG_BLOCK)
+        target = x_ptr + ((row * 0 + flat) << LOG_SIZE)
         if flat < STATE:
             scores = score_ptr + (row // heads) * score_stride_b + (row % heads) * score_stride_h
             score = tl.load(scores + lane.to(tl.int64) * score_stride_s, mask=lane < pool, other=float("-inf"))
-            best = make_keys(score, lane)
+            tl.store(target + lane, make_keys(score, lane))
         elif (local == 0) | (flat == first):
-            best = tl.load(source + lane, mask=lane < BLOCK, other=EMPTY)
+            tl.store(target + lane, tl.load(source + lane, mask=lane < (1 << LOG_BLOCK), other=EMPTY))
         else:
-            best = merge_best(best, source, BLOCK, SIZE)
-        tl.store(x_ptr + (row * 0 + flat) * SIZE + lane, best)
+            merge_best(target, target - (1 << LOG_SIZE), source, LOG_SIZE, LOG_BLOCK)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -162,28 +162,28 @@ def scan_carries(
     x_stride,
     c_stride,
     GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
+    LOG_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (rows). C [rows, groups, SIZE]: best keys before group g of the sequence that reaches into it."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     c_ptr += row * c_stride
-    lane = tl.arange(0, SIZE)
+    lane = tl.arange(0, 1 << LOG_SIZE)
     if PACKED:
         num_groups = (tl.load(list_ptr + num_seqs) + GROUP - 1) // GROUP
-    best = tl.full([SIZE], EMPTY, tl.int64)
     for group in range(1, num_groups):
         flat = group * GROUP - 1
         local = flat
         if PACKED:
             local = flat - tl.load(list_ptr + find_sequence(list_ptr, num_seqs, flat))
-        total = x_ptr + (row * 0 + flat) * SIZE
+        total = x_ptr + ((row * 0 + flat) << LOG_SIZE)
+        target = c_ptr + ((row * 0 + group) << LOG_SIZE)
         if local >= GROUP:
-            best = merge_best(best, total, SIZE, SIZE)
+            merge_best(target, target - (1 << LOG_SIZE), total, LOG_SIZE, LOG_SIZE)
         else:
-            best = tl.load(total + lane)
-        tl.store(c_ptr + (row * 0 + group) * SIZE + lane, best)
+            tl.store(target + lane, tl.load(total + lane))
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def add_carries(
     x_stride,
     c_stride,
     GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
+    LOG_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (lists after the first group, rows). Completes X in place."""
@@ -208,7 +208,6 @@ def add_carries(
         local = flat - tl.load(list_ptr + find_sequence(list_ptr, num_seqs, flat))
         if local <= flat - group * GROUP:
             return
-    lane = tl.arange(0, SIZE)
-    target = x_ptr + row * x_stride + (row * 0 + flat) * SIZE
-    carry = tl.load(c_ptr + row * c_stride + (row * 0 + group) * SIZE + lane)
-    tl.store(target + lane, merge_best(carry, target, SIZE, SIZE))
+    target = x_ptr + row * x_stride + ((row * 0 + flat) << LOG_SIZE)
+    carry = c_ptr + row * c_stride + ((row * 0 + group) << LOG_SIZE)
+    merge_best(target, carry, target, LOG_SIZE, LOG_SIZE)

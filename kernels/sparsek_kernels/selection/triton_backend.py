@@ -24,28 +24,35 @@ from .walk_kernel import walk
 class Plan:
     """Launch shapes. They change speed and memory, never a bit of the result.
 
-    block  candidates per block, a power of two      slots       refresh slots per program of the walk
-    group  lists per program of the scan             walk_warps  warps per program of the walk
+    block  candidates per block, a power of two      sort_warps  warps per program: of the sort of a block,
+    group  lists per program of the scan             scan_warps    of the scan's merges,
+    slots  refresh slots per program of the walk     walk_warps    of the walk, and its registers per thread: more
+                                                       of either means fewer programs at a time
     """
 
     block: int
     group: int
     slots: int
+    sort_warps: int
+    scan_warps: int
     walk_warps: int
+    walk_registers: int
 
 
 def make_plan(candidates: int, slots: int, rows: int, pool: int) -> Plan:
     """Shapes for about `candidates` candidates and `slots` slots in each of `rows` rows."""
     size = triton.next_power_of_2(pool)
-    block = min(max(size // 2, 256), 2048)
-    if candidates * rows <= 1 << 17:
-        block = max(block // 2, 256)
+    block = min(max(size // 4, 256), 2048)
     lists = max(1, candidates // block)
-    group = max(8, isqrt(lists))
-    pieces = max(1, 132 * 4 // rows)
-    per_program = min(16, max(1, -(-slots // pieces)))
-    walk_warps = 4 if size <= 2048 else 8 if size <= 8192 else 16
-    return Plan(block=block, group=group, slots=per_program, walk_warps=walk_warps)
+    return Plan(
+        block=block,
+        group=max(8, isqrt(lists)),
+        slots=min(256, max(1, rows * slots // (132 * 12))),
+        sort_warps=max(1, block // 512),
+        scan_warps=min(max(size // 128, 4), 16),
+        walk_warps=max(1, block // 512),
+        walk_registers=128,
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def run_kernels(
         candidates = geometry.offered(num_slots - 1)
     plan = plan or make_plan(candidates, num_slots, rows, pool)
     size = max(16, triton.next_power_of_2(pool))
+    log_size = size.bit_length() - 1
     block = plan.block
     if packed:
         num_blocks, num_lists = num_keys // block + num_seqs, num_keys // block
@@ -140,11 +148,10 @@ def run_kernels(
             *strides,
             BLOCK=block,
             PACKED=packed,
-            num_warps=4 if block <= 1024 else 8,
+            num_warps=plan.sort_warps,
         )
-    scan_warps = min(max(size // 256, 1), 16)
     if num_lists and rows:
-        shared = {"GROUP": plan.group, "SIZE": size, "PACKED": packed, "num_warps": scan_warps}
+        shared = {"GROUP": plan.group, "LOG_SIZE": log_size, "PACKED": packed, "num_warps": plan.scan_warps}
         scan_groups[(num_groups, rows)](
             extended,
             y,
@@ -158,7 +165,7 @@ def run_kernels(
             y_stride,
             x_stride,
             *strides,
-            BLOCK=block,
+            LOG_BLOCK=block.bit_length() - 1,
             STATE=state,
             **shared,
         )
@@ -194,15 +201,15 @@ def run_kernels(
             tile // stride,
             y_stride,
             x_stride,
-            SLOTS=plan.slots,
-            SIZE=size,
-            LOG_SIZE=size.bit_length() - 1,
+            plan.slots,
+            LOG_SIZE=log_size,
             BLOCK=block,
             TOPK=max(16, triton.next_power_of_2(topk)),
             PACKED=packed,
             STATE=state,
             HARD=hard,
             num_warps=plan.walk_warps,
+            maxnreg=plan.walk_registers,
         )
     if num_keys and rows:
         intervals[(-(-num_keys // 512), rows)](

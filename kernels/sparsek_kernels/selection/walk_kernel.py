@@ -8,7 +8,9 @@ block that the slot reaches into) and those keys of that block Y that have been 
 
 so the number of keys of Y in the top-k tells which key of X closes the top-k, and likewise for the pool. tau is then
 solved over both lists by active-set steps inside a bracket, exactly (see `threshold.py`), started at the previous
-slot's tau; the result does not depend on the start.
+slot's tau; the result does not depend on the start. Y lives in registers. X stays in memory: a count or a sum over its
+keys above some score is a search in its CHUNKS first keys of chunks, then in one chunk of WIDTH keys.
+A slot that offers nothing better than the worst key of the pool repeats the slot before.
 """
 
 from __future__ import annotations
@@ -16,43 +18,101 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import EMPTY, find_sequence, key_index, key_score, round_to_grid
+from .keys import EMPTY, count_above, find_sequence, key_index, key_score, round_to_grid
+
+ONE = tl.constexpr(274877906944.0)  # 1 in units of the grid
+LIMIT = tl.constexpr(4611686018427387904.0)  # 2^62
 
 
 @triton.jit
-def _max3(a0, b0, c0, a1, b1, c1):
-    return tl.maximum(a0, a1), tl.maximum(b0, b1), tl.maximum(c0, c1)
+def _integer(z):
+    """Grid units as int64. Scores beyond 2^24 saturate: there F holds nothing but ties of z_(k), whose sum cancels."""
+    return tl.minimum(tl.maximum(z, -LIMIT), LIMIT).to(tl.int64)
 
 
 @triton.jit
-def _add2(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
-
-
-@triton.jit
-def _boundary(x_ptr, y_ptr, packed, rank, HAS_X):
-    """Key of 1-based `rank` in the union, given the last key of Y within that rank; also the count of Y within it."""
+def _boundary(x_ptr, y_ptr, packed, rank, has_x):
+    """Key of 1-based `rank` in the union, given 65536 count + lane of the last key of Y within it; also that count."""
     count = tl.where(packed < 0, 0, packed >> 16)
     last_y = tl.load(y_ptr + (packed & 0xFFFF), mask=packed >= 0, other=-EMPTY - 1)
     x_rank = rank - count
-    last_x = tl.load(x_ptr + x_rank - 1, mask=HAS_X & (x_rank > 0), other=EMPTY)
+    last_x = tl.load(x_ptr + x_rank - 1, mask=has_x & (x_rank > 0), other=EMPTY)
     last_x = tl.where(x_rank > 0, last_x, -EMPTY - 1)
     return tl.minimum(last_x, last_y), count
 
 
 @triton.jit
-def _active_set(d, tau, ONE: tl.constexpr):
-    """(count of z - tau >= 1) + 65536 |F|, and the sum over F, for scores d relative to z_(k); -inf where absent."""
-    positive = d > tau
-    saturated = d - ONE >= tau
-    count = tl.where(positive, tl.where(saturated, 1, 65536), 0)
-    return tl.reduce((count, tl.where(positive & (saturated == 0), d, 0.0)), 0, _add2)
+def _above(x_ptr, ends, sums, origin, origin_integer, bound, limit, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Count and sum of z - origin over the first `limit` keys of X with z - origin > bound (grid units).
+
+    ends [CHUNKS] last z of each chunk; sums [CHUNKS] int64 sum of all chunks up to it.
+    """
+    chunk = tl.arange(0, CHUNKS)
+    full = tl.sum(((ends - origin > bound) & (chunk * WIDTH + WIDTH <= limit)).to(tl.int32), 0)
+    lane = full * WIDTH + tl.arange(0, WIDTH)
+    z = round_to_grid(key_score(tl.load(x_ptr + lane, mask=has_x & (lane < CHUNKS * WIDTH), other=EMPTY)))
+    inside = (z - origin > bound) & (lane < limit)
+    count = full * WIDTH + tl.sum(inside.to(tl.int32), 0)
+    total = tl.sum(tl.where(inside, _integer(z), 0), 0) + tl.sum(tl.where(chunk == full - 1, sums, 0), 0)
+    return count, total - count * origin_integer
 
 
 @triton.jit
-def _fractional(score, tau, inside):
-    distance = score.to(tl.float64) - tau
-    return tl.sum((inside & (distance > 0.0) & (distance < 1.0)).to(tl.int32), 0)
+def _fractional_x(x_ptr, end_scores, tau, limit, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """#{0 < u - tau < 1} over the first `limit` keys of X."""
+    chunk_end = tl.arange(0, CHUNKS) * WIDTH + WIDTH
+    distance = end_scores.to(tl.float64) - tau
+    positive = tl.sum(((distance > 0.0) & (chunk_end <= limit)).to(tl.int32), 0)
+    saturated = tl.sum(((distance >= 1.0) & (chunk_end <= limit)).to(tl.int32), 0)
+    lane = positive * WIDTH + tl.arange(0, WIDTH)
+    key = tl.load(x_ptr + lane, mask=has_x & (lane < CHUNKS * WIDTH), other=EMPTY)
+    more = (key_score(key).to(tl.float64) - tau > 0.0) & (lane < limit)
+    positive = positive * WIDTH + tl.sum(more.to(tl.int32), 0)
+    lane = saturated * WIDTH + tl.arange(0, WIDTH)
+    key = tl.load(x_ptr + lane, mask=has_x & (lane < CHUNKS * WIDTH), other=EMPTY)
+    more = (key_score(key).to(tl.float64) - tau >= 1.0) & (lane < limit)
+    return positive - (saturated * WIDTH + tl.sum(more.to(tl.int32), 0))
+
+
+@triton.jit
+def _solve(x_ptr, ends, sums, d_y, kth, topk, pool_x, start, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """tau - z_(k) in grid units, rounded down, where F is not empty. d_y: z - z_(k) of the pool's part of Y, else -inf."""
+    lo = kth * 0.0 - ONE
+    hi = kth * 0.0
+    point = tl.where((start > lo) & (start < hi), start, 0.5 * lo)
+    numerator = hi
+    size = hi + 1.0
+    kth_integer = _integer(kth)
+    last_high = tl.zeros([], tl.int32) - 1
+    last_low = tl.zeros([], tl.int32) - 1
+    step_number = 0
+    while step_number < 256:
+        low_x, sum_low = _above(x_ptr, ends, sums, kth, kth_integer, point, pool_x, has_x, CHUNKS, WIDTH)
+        # z - 1 >= tau, as a strict comparison of integers with the next float64 below tau + 1 made exact
+        bound = tl.ceil(point) + ONE - 1.0
+        high_x, sum_high = _above(x_ptr, ends, sums, kth, kth_integer, bound, pool_x, has_x, CHUNKS, WIDTH)
+        positive = d_y > point
+        saturated = d_y > bound
+        low = low_x + tl.sum(positive.to(tl.int32), 0)
+        high = high_x + tl.sum(saturated.to(tl.int32), 0)
+        if (low == last_low) & (high == last_high):
+            step_number = 256
+        else:
+            size = (low - high).to(tl.float64)
+            total = (sum_low - sum_high).to(tl.float64)
+            total += tl.sum(tl.where(positive & (saturated == 0), d_y, 0.0), 0)
+            numerator = total + (high - topk).to(tl.float64) * ONE
+            higher = numerator > point * size
+            lo = tl.where(higher, tl.maximum(lo, point), lo)
+            hi = tl.where(higher, hi, tl.minimum(hi, point))
+            step = numerator / tl.maximum(size, 1.0)
+            good = (size > 0.0) & (step >= lo) & (step <= hi)
+            good = good & ((step_number < 8) | (step_number % 2 == 0))
+            point = tl.where(good, step, 0.5 * (lo + hi))
+            last_low = tl.where(good, low, -1)
+            last_high = tl.where(good, high, -1)
+            step_number += 1
+    return tl.floor(numerator / size)
 
 
 @triton.jit
@@ -84,8 +144,7 @@ def walk(
     tile_slots,
     y_stride,
     x_stride,
-    SLOTS: tl.constexpr,
-    SIZE: tl.constexpr,
+    slots,
     LOG_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -93,16 +152,18 @@ def walk(
     STATE: tl.constexpr,
     HARD: tl.constexpr,
 ):
-    """Grid (pieces of SLOTS consecutive slots, rows). A program writes the slots of its piece and no other."""
-    ONE: tl.constexpr = 274877906944.0
+    """Grid (pieces of `slots` consecutive slots, rows). A program writes the slots of its piece and no other."""
+    SIZE: tl.constexpr = 1 << LOG_SIZE
+    CHUNKS: tl.constexpr = 1 << (LOG_SIZE // 2)
+    WIDTH: tl.constexpr = SIZE // CHUNKS
+    PART: tl.constexpr = 8 if WIDTH > 8 else WIDTH
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * SLOTS
-    stop = tl.minimum(slot + SLOTS, num_slots)
+    slot = tl.program_id(0) * slots
+    stop = tl.minimum(slot + slots, num_slots)
     y_ptr += row * y_stride
     x_ptr += row * x_stride
     out = row * num_slots
     lists_ptr += row * num_tiles * topk
-    lane_x = tl.arange(0, SIZE)
     lane_y = tl.arange(0, BLOCK)
     lane_k = tl.arange(0, TOPK)
     first_slot = slot * 0
@@ -136,93 +197,78 @@ def walk(
             y = y_ptr + block * BLOCK
             if PACKED:
                 y += base
-            keys_x = tl.load(x + lane_x, mask=has_x & (lane_x >= 0), other=EMPTY)
             keys_y = tl.load(y + lane_y, mask=block * BLOCK + lane_y < count, other=EMPTY)
-            score_x = key_score(keys_x)
             score_y = key_score(keys_y)
-            z_x = round_to_grid(score_x)
             z_y = round_to_grid(score_y)
             order = tl.where(keys_y == EMPTY, BLOCK, key_index(keys_y) - base - block * BLOCK)
             above = lane_y * 0  # keys of X above each key of Y
+            chunk_ends = tl.arange(0, CHUNKS) * WIDTH + WIDTH - 1
+            end_scores = key_score(tl.load(x + chunk_ends, mask=has_x & (chunk_ends >= 0), other=EMPTY))
+            ends = round_to_grid(end_scores)
+            sums = tl.zeros([CHUNKS], tl.int64)
             if has_x:
-                end = above + SIZE
-                for _ in range(LOG_SIZE + 1):
-                    middle = (above + end) // 2
-                    open_ = above < end
-                    greater = tl.load(x + middle, mask=open_, other=EMPTY) > keys_y
-                    end = tl.where(open_ & (greater == 0), middle, end)
-                    above = tl.where(open_ & greater, middle + 1, above)
+                above = count_above(x, keys_y, LOG_SIZE, False)
+                if not HARD:
+                    part = tl.arange(0, CHUNKS)[:, None] * WIDTH + tl.arange(0, PART)[None, :]
+                    for first in range(0, WIDTH, PART):
+                        sums += tl.sum(_integer(round_to_grid(key_score(tl.load(x + first + part)))), 1)
+                    sums = tl.cumsum(sums, 0)
+            best = tl.full([], EMPTY, tl.int64)
+            worst = tl.full([], EMPTY, tl.int64)
+            tau = tl.full([], float("-inf"), tl.float64)
+            high = tau.to(tl.float32)
+            low = high * 0.0
+            fractional = block * 0
+            before = block * 0 - 1
             for r in range(slot, segment):
                 local = r - first_slot
-                offered = (first_refresh + local) * stride - window + 1 - first_candidate
-                seen = order < offered - block * BLOCK
-                count_y = tl.cumsum(seen.to(tl.int32), 0)
-                rank = tl.where(seen, count_y + above, SIZE + BLOCK + 1)
-                entry = count_y * 65536 + lane_y
-                in_k, in_next, in_pool = tl.reduce(
-                    (
-                        tl.where(rank <= topk, entry, -1),
-                        tl.where(rank <= topk + 1, entry, -1),
-                        tl.where(rank <= pool, entry, -1),
-                    ),
-                    0,
-                    _max3,
-                )
-                best, best_y = _boundary(x, y, in_k, topk, has_x)
-                worst, pool_y = _boundary(x, y, in_pool, pool, has_x)
+                refresh = first_refresh + local
+                offered = refresh * stride - window + 1 - first_candidate - block * BLOCK
+                seen = order < offered
+                entered = tl.max((seen & (order >= before) & (keys_y > worst)).to(tl.int32), 0)
+                starts_tile = (refresh % tile_slots == 0) | (local == 0)
+                rank = above
+                if (entered > 0) | (before < 0) | starts_tile:
+                    count_y = tl.cumsum(seen.to(tl.int32), 0)
+                    rank = tl.where(seen, count_y + above, SIZE + BLOCK + 1)
+                if (entered > 0) | (before < 0):
+                    count_y = rank - above
+                    entry = count_y * 65536 + lane_y
+                    in_k = tl.max(tl.where(rank <= topk, entry, -1), 0)
+                    in_pool = tl.max(tl.where(rank <= pool, entry, -1), 0)
+                    best, _best_y = _boundary(x, y, in_k, topk, has_x)
+                    worst, pool_y = _boundary(x, y, in_pool, pool, has_x)
+                    tau = tl.full([], float("-inf"), tl.float64)
+                    if not HARD:
+                        in_next = tl.max(tl.where(rank <= topk + 1, entry, -1), 0)
+                        following, _next_y = _boundary(x, y, in_next, topk + 1, has_x)
+                        if following != EMPTY:
+                            kth = round_to_grid(key_score(best))
+                            gap = round_to_grid(key_score(following)) - kth
+                            if gap <= -ONE:
+                                tau = kth + tl.floor((gap - ONE) * 0.5)
+                            else:
+                                d_y = tl.where(rank <= pool, z_y - kth, float("-inf"))
+                                start = previous - kth
+                                tau = kth + _solve(
+                                    x, ends, sums, d_y, kth, topk, pool - pool_y, start, has_x, CHUNKS, WIDTH
+                                )
+                            previous = tau
+                            tau = tau * 3.637978807091713e-12
+                    high = tau.to(tl.float32)
+                    low = tl.where(high == float("-inf"), 0.0, (tau - high.to(tl.float64)).to(tl.float32))
+                    tau = high.to(tl.float64) + low.to(tl.float64)
+                    distance = score_y.to(tl.float64) - tau
+                    fractional = tl.sum(((rank <= pool) & (distance > 0.0) & (distance < 1.0)).to(tl.int32), 0)
+                    fractional += _fractional_x(x, end_scores, tau, pool - pool_y, has_x, CHUNKS, WIDTH)
+                before = tl.maximum(offered, 0)
                 tl.store(best_ptr + out + r, best)
                 tl.store(worst_ptr + out + r, worst)
-                inside_x = lane_x < pool - pool_y
-                inside_y = rank <= pool
-                tau = tl.full([], float("-inf"), tl.float64)
-                if not HARD:
-                    following, _unused = _boundary(x, y, in_next, topk + 1, has_x)
-                    if following != EMPTY:
-                        kth = round_to_grid(key_score(best))
-                        gap = round_to_grid(key_score(following)) - kth
-                        if gap <= -ONE:
-                            tau = kth + tl.floor((gap - ONE) * 0.5)
-                        else:
-                            d_x = tl.where(inside_x, z_x - kth, float("-inf"))
-                            d_y = tl.where(inside_y, z_y - kth, float("-inf"))
-                            lo = kth * 0.0 - ONE
-                            hi = kth * 0.0
-                            point = previous - kth
-                            point = tl.where((point > lo) & (point < hi), point, 0.5 * lo)
-                            numerator = hi
-                            size = hi + 1.0
-                            last = -1
-                            step_number = 0
-                            while step_number < 256:
-                                many_x, total_x = _active_set(d_x, point, ONE)
-                                many_y, total_y = _active_set(d_y, point, ONE)
-                                many = many_x + many_y
-                                if many == last:
-                                    step_number = 256
-                                else:
-                                    size = (many >> 16).to(tl.float64)
-                                    numerator = (total_x + total_y) + ((many & 0xFFFF) - topk).to(tl.float64) * ONE
-                                    higher = numerator > point * size
-                                    lo = tl.where(higher, tl.maximum(lo, point), lo)
-                                    hi = tl.where(higher, hi, tl.minimum(hi, point))
-                                    step = numerator / tl.maximum(size, 1.0)
-                                    good = (size > 0.0) & (step >= lo) & (step <= hi)
-                                    good = good & ((step_number < 8) | (step_number % 2 == 0))
-                                    point = tl.where(good, step, 0.5 * (lo + hi))
-                                    last = tl.where(good, many, -1)
-                                    step_number += 1
-                            tau = kth + tl.floor(numerator / size)
-                        previous = tau
-                        tau = tau * 3.637978807091713e-12
-                high = tau.to(tl.float32)
-                low = tl.where(high == float("-inf"), 0.0, (tau - high.to(tl.float64)).to(tl.float32))
-                tau = high.to(tl.float64) + low.to(tl.float64)
                 tl.store(tau_ptr + out + r, tau)
                 tl.store(high_ptr + out + r, high)
                 tl.store(low_ptr + out + r, low)
-                tl.store(size_ptr + out + r, _fractional(score_x, tau, inside_x) + _fractional(score_y, tau, inside_y))
-                refresh = first_refresh + local
-                if (refresh % tile_slots == 0) | (local == 0):
+                tl.store(size_ptr + out + r, fractional)
+                if starts_tile:
                     # Keys of Y go to their rank; the keys of X fill the places left, in order.
                     tile = tile_base + refresh // tile_slots - first_refresh // tile_slots
                     target = lists_ptr + tile.to(tl.int64) * topk
