@@ -101,3 +101,20 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Set this step's learning rate in every group, times the group's multiplier."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value * group["lr_mult"]
+
+
+def take_step(engine: Any) -> float | None:
+    """The engine's step after one micro-batch; at the end of the batch, the gradient norm before clipping, else None.
+
+    Without ZeRO in float32 DeepSpeed clips but keeps no norm, so it is taken here.
+    """
+    at_boundary = engine.is_gradient_accumulation_boundary()
+    norm = None
+    if at_boundary and not engine.zero_optimization() and not engine.bfloat16_enabled():
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        norm = clip_grad_norm_(engine.module.parameters(), max_norm=float("inf"), mpu=engine.mpu)
+    engine.step()
+    if not at_boundary:
+        return None
+    return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -14,7 +14,7 @@ from sparsek_megatron.data.datasets import StepSampler, batches
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training import checkpoint
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.engine import set_learning_rate
+from sparsek_megatron.training.engine import set_learning_rate, take_step
 from sparsek_megatron.training.model import token_losses
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.report import Report
@@ -88,8 +88,7 @@ class Trainer:
         for step in range(start + 1, config.train_iters + 1):
             lr = learning_rate(config, step - 1)
             set_learning_rate(self.engine, lr)
-            loss = self._one_step(data, step)
-            grad_norm = float(self.engine.get_global_grad_norm())
+            loss, grad_norm = self._one_step(data, step)
             self._require_finite(grad_norm, "gradient norm", step)
             if self.report:
                 self.report.step(step=step, loss=loss, lr=lr, grad_norm=grad_norm)
@@ -103,18 +102,21 @@ class Trainer:
                 return step
         return config.train_iters
 
-    def _one_step(self, data: Iterator[dict[str, Any]], step: int) -> float:
+    def _one_step(self, data: Iterator[dict[str, Any]], step: int) -> tuple[float, float]:
+        """One optimizer step; (loss, gradient norm before clipping)."""
         total = torch.zeros((), device=self.machine.device)
-        for _ in range(self._micro_batches):
+        mean, grad_norm = math.nan, None
+        for micro_batch in range(1, self._micro_batches + 1):
             loss = self._loss(next(data))
             total += loss.detach() / self._micro_batches
             self.engine.backward(loss)
-            if self.engine.is_gradient_accumulation_boundary():
+            if micro_batch == self._micro_batches:
                 # Looked at before the update: a bad loss must not reach the weights.
                 mean = self._mean_over_ranks(total)
                 self._require_finite(mean, "loss", step)
-            self.engine.step()
-        return mean  # pyright: ignore[reportPossiblyUnboundVariable]
+            grad_norm = take_step(self.engine)
+        assert grad_norm is not None, "DeepSpeed and this loop disagree about the end of a batch"
+        return mean, grad_norm
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):
