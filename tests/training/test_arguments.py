@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run
+from programs import REPOSITORY, run
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, parse

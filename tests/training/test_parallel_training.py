@@ -2,25 +2,19 @@
 """Layouts of two processes train as one process does: tensor and data parallel, every ZeRO stage, and resumed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from programs import finish, start_module
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 STEPS = 4
 
 
 def run_worker(processes: int, cases: dict) -> dict:
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *rendezvous, WORKER]
-    done = subprocess.run(
-        [*command, json.dumps(cases)], env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--nproc-per-node={processes}"]
+    output = finish(start_module("torch.distributed.run", *rendezvous, WORKER, json.dumps(cases)))
+    line = next(line for line in output.splitlines() if line.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))
 
 

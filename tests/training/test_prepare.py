@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from programs import run
 
 from sparsek_megatron.data import corpus
 from sparsek_megatron.data.card import read_card, unigram_entropy

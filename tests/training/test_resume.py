@@ -4,13 +4,11 @@
 import json
 import resource
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import Prepared, run, start
+from programs import Prepared, kill_all, run, start
 
 from sparsek_megatron.training.report import read_metrics
 
@@ -24,13 +22,6 @@ def train(prepared: Prepared, save: Path, *more: str, **options) -> str:
 def trajectory(save: Path) -> list[dict]:
     """Every record of the run, in order: losses, learning rates and gradient norms to the last bit."""
     return read_metrics(save)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and to its workers, which have sessions of their own."""
-    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        each.kill()
-    process.communicate()
 
 
 @pytest.fixture(scope="module")
