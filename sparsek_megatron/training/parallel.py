@@ -3,6 +3,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from sparsek_megatron.errors import EXIT_USAGE, UserError
 from sparsek_megatron.training.arguments import TrainingConfig
 
 _REPORTED = "user_error_reported"
+_starts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def initialize(config: TrainingConfig) -> Machine:
     else:
         store, rank, world_size = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True), 0, 1
         os.environ["MASTER_PORT"] = str(store.port)
-    groups = dist.PrefixStore("groups", store)
+    # A name of its own each time: a process that starts over must not read what its last groups left in the store.
+    groups = dist.PrefixStore(f"groups_{next(_starts)}", store)
     dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
