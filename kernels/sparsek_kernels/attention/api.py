@@ -98,11 +98,15 @@ def _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqle
         if x.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")
         if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device")
+            raise ValueError(
+                f"{name} is on {x.device} but query is on {query.device}; move them to one device"
+            )
     b, s, hq, d = query.shape
     hkv = key.shape[2]
     if tuple(key.shape) != (b, s, hkv, d):
-        raise ValueError(f"key has shape {tuple(key.shape)}; query {tuple(query.shape)} needs [{b}, {s}, hkv, {d}]")
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}; query {tuple(query.shape)} needs [{b}, {s}, hkv, {d}]"
+        )
     if value.shape != key.shape:
         raise ValueError(f"value has shape {tuple(value.shape)}; it must equal key's {tuple(key.shape)}")
     if tuple(scores.shape) != (b, s, hkv):

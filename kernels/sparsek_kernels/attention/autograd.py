@@ -148,9 +148,13 @@ def triton_attention(
 ) -> torch.Tensor:
     """`sparsek_attention` on CUDA, arguments already validated: selection, then attention on it."""
     if query.dtype == torch.float64:
-        raise NotImplementedError("query is float64: the triton backend computes in fp32; use backend='torch'")
+        raise NotImplementedError(
+            "query is float64: the triton backend computes in fp32; use backend='torch'"
+        )
     if query.shape[-1] not in HEAD_DIMS:
-        raise NotImplementedError(f"query has head dimension {query.shape[-1]}; the triton backend has {HEAD_DIMS}")
+        raise NotImplementedError(
+            f"query has head dimension {query.shape[-1]}; the triton backend has {HEAD_DIMS}"
+        )
     if query.shape[2] // key.shape[2] > MAX_GROUP:
         raise NotImplementedError(
             f"query has {query.shape[2] // key.shape[2]} heads per key head; the triton backend has up to {MAX_GROUP}"
@@ -158,7 +162,13 @@ def triton_attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     with torch.no_grad():
         selection = select(
-            scores, topk=topk, window=window, stride=stride, pool=pool, hard=pool == topk, cu_seqlens=cu_seqlens
+            scores,
+            topk=topk,
+            window=window,
+            stride=stride,
+            pool=pool,
+            hard=pool == topk,
+            cu_seqlens=cu_seqlens,
         )
     return attention_op(
         query,

@@ -45,7 +45,9 @@ def attention_backward_query_kernel(
     ok_2d = row_ok[:, None] & dim_ok[None, :]
     query_head = head * GROUP + member
     token64 = token.to(tl.int64)
-    q = tl.load((Q + batch * q_batch + token64 * q_token + query_head * q_head)[:, None] + dim[None, :], ok_2d, 0.0)
+    q = tl.load(
+        (Q + batch * q_batch + token64 * q_token + query_head * q_head)[:, None] + dim[None, :], ok_2d, 0.0
+    )
     d_out_rows = D_OUT + batch * do_batch + token64 * do_token + query_head * do_head
     d_out = tl.load(d_out_rows[:, None] + dim[None, :], ok_2d, 0.0)
     own_rows = ((batch * tokens + token) * (kv_heads * GROUP) + query_head) * D
@@ -81,9 +83,13 @@ def attention_backward_query_kernel(
     gate_sum = tl.zeros([ROWS], tl.float32)
     lane = tl.arange(0, KEYS)
 
+    ahead = tl.load(
+        list_base + lane, mask=lane < count, other=0
+    )  # one block ahead: the gathers can be pipelined
     for n in tl.range(0, count, KEYS):
+        j = ahead
         ok = n + lane < count
-        j = tl.load(list_base + n + lane, mask=ok, other=0)
+        ahead = tl.load(list_base + n + KEYS + lane, mask=n + KEYS + lane < count, other=0)
         offset = j.to(tl.int64)[:, None]
         k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
         v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
@@ -156,14 +162,13 @@ def attention_backward_query(plan, query, key, value, scores, selection, out, d_
     delta = allocate((b, hq, s), dtype=torch.float32, device=query.device)
     query_sum = allocate((b, plan.kv_heads, s), dtype=torch.float32, device=query.device)
     tiling = plan.backward_query
-    tiles, grid = plan.query_tiles(tiling.queries)
+    tiles, grid = plan.tiles(tiling.queries)
     attention_backward_query_kernel[(grid, b * plan.kv_heads)](
         query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
         tiles, out, d_out, lse, d_query, delta, query_sum,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
         s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads,
         plan.scale, plan.scale_log2, plan.floor,
-        **plan.constants(tiling), QUERIES=tiling.queries, KEYS=tiling.keys,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        **plan.constants(tiling), GROUP_PAD=plan.group_pad, **tiling.launch,
     )  # fmt: skip
     return d_query, delta, query_sum

@@ -17,7 +17,9 @@ from sparsek_kernels.attention.tile import LOGIT, clamp_gate, gated_logits, sequ
 
 
 @triton.jit
-def _absorb(acc, row_max, row_sum, logits, gate, v, GATE: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr):
+def _absorb(
+    acc, row_max, row_sum, logits, gate, v, GATE: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr
+):
     """Online softmax: one block of logits [rows, keys] and its values [keys, d] into the running state."""
     new_max = tl.maximum(row_max, tl.max(logits, 1))
     weight = tl.math.exp2(logits - new_max[:, None])
@@ -85,10 +87,12 @@ def attention_forward_kernel(
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     lane = tl.arange(0, KEYS)
 
-    # Selected keys, gathered.
+    # Selected keys, gathered. Indices are loaded one block ahead, so the gathers themselves can be pipelined.
+    ahead = tl.load(list_base + lane, mask=lane < count, other=0)
     for n in tl.range(0, count, KEYS):
+        j = ahead
         ok = n + lane < count
-        j = tl.load(list_base + n + lane, mask=ok, other=0)
+        ahead = tl.load(list_base + n + KEYS + lane, mask=n + KEYS + lane < count, other=0)
         offset = j.to(tl.int64)[:, None]
         k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
         u = tl.load(u_base + j)
@@ -140,7 +144,9 @@ def attention_forward_kernel(
     acc = acc / row_sum[:, None]
     query_head = head * GROUP + member
     out_rows = OUT + ((batch * tokens + token) * (kv_heads * GROUP) + query_head) * D
-    tl.store(out_rows[:, None] + dim[None, :], acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :])
+    tl.store(
+        out_rows[:, None] + dim[None, :], acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :]
+    )
     lse_rows = LSE + (batch * (kv_heads * GROUP) + query_head) * tokens + token
     tl.store(lse_rows, row_max + tl.log2(row_sum), mask=row_ok)
 
@@ -152,13 +158,12 @@ def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch
     out = allocate((b, s, hq, d), dtype=query.dtype, device=query.device)
     lse = allocate((b, hq, s), dtype=torch.float32, device=query.device)
     tiling = plan.forward
-    tiles, grid = plan.query_tiles(tiling.queries)
+    tiles, grid = plan.tiles(tiling.queries)
     attention_forward_kernel[(grid, b * plan.kv_heads)](
         query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
         tiles, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.scale_log2, plan.floor,
-        **plan.constants(tiling), QUERIES=tiling.queries, KEYS=tiling.keys,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        **plan.constants(tiling), GROUP_PAD=plan.group_pad, **tiling.launch,
     )  # fmt: skip
     return out, lse

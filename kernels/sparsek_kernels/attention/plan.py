@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -24,7 +24,19 @@ class Tiling:
     keys: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
     queries: int = 0  # rows / padded group size, filled in by the plan
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Compiler options of a launch, with the tile's extent."""
+        options = {
+            "QUERIES": self.queries,
+            "KEYS": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class Tilings:
 
 # 16-bit inputs by padded head dimension. Measured on Hopper (kernels/benchmarks/README.md).
 HOPPER = {
-    64: Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2)),
-    128: Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2)),
+    64: Tilings(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    128: Tilings(Tiling(128, 32, 4, 5), Tiling(64, 32, 4, 3), Tiling(32, 64, 4, 2), Tiling(32, 64, 4, 2)),
     256: Tilings(Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 1), Tiling(32, 64, 8, 1), Tiling(32, 64, 8, 1)),
 }
 # Unmeasured: conservative in shared memory and registers (Ampere, Blackwell and anything newer).
@@ -91,15 +103,22 @@ class AttentionPlan:
         self.packed = cu_seqlens is not None
         self.list_tile = list_tile(stride)
         self.full_precision = query.dtype == torch.float32
-        # Long segments cost partial memory topk / segment, short ones cost fewer wasted rows: about 2 topk balances.
-        self.segment = self.list_tile * -(-max(512, 2 * topk) // self.list_tile)
+        # Partials take (topk + capacity) / segment rows per key; longer segments mean fewer and longer programs.
+        self.segment = self.list_tile * -(-max(1024, 2 * topk) // self.list_tile)
+        self.capacity = self.segment // 4
         tilings = tilings or tilings_for(query.device, query.dtype, self.dim_pad)
-        for name in ("forward", "backward_query", "backward_survivors", "backward_band"):
-            t: Tiling = getattr(tilings, name)
-            rows = max(t.rows, self.group_pad)
-            limit = t.keys if name == "backward_band" else self.list_tile
-            queries = min(rows // self.group_pad, 1 << (limit.bit_length() - 1))
-            setattr(self, name, Tiling(queries * self.group_pad, t.keys, t.num_warps, t.num_stages, queries))
+        self.forward = self._fit(tilings.forward, self.group_pad)
+        self.backward_query = self._fit(tilings.backward_query, self.group_pad)
+        self.backward_survivors = self._fit(tilings.backward_survivors, 1)
+        band = tilings.backward_band  # a tile must not reach over a key block's diagonal: queries <= keys
+        self.backward_band = self._fit(replace(band, rows=min(band.rows, band.keys)), 1)
+
+    def _fit(self, tiling: Tiling, heads: int) -> Tiling:
+        """Queries per tile: rows shared by `heads` heads, halved once if that keeps a tile inside one refresh point."""
+        queries = max(tiling.rows // heads, 1)
+        if self.list_tile == self.stride and self.stride % queries and self.stride % (queries // 2 or 1) == 0:
+            queries //= 2
+        return replace(tiling, rows=queries * heads, queries=queries)
 
     def constants(self, tiling: Tiling) -> dict[str, object]:
         """Compile-time arguments every attention kernel takes."""
@@ -110,7 +129,6 @@ class AttentionPlan:
             "LIST_TILE": self.list_tile,
             "GATE": GATE_CODE[self.gate],
             "GROUP": self.group,
-            "GROUP_PAD": self.group_pad,
             "D": self.dim,
             "D_PAD": self.dim_pad,
             "UNIFORM": self.list_tile == self.stride and self.stride % tiling.queries == 0,
@@ -118,7 +136,7 @@ class AttentionPlan:
             "IEEE": self.full_precision,
         }
 
-    def query_tiles(self, size: int) -> tuple[torch.Tensor | None, int]:
+    def tiles(self, size: int) -> tuple[torch.Tensor | None, int]:
         """(tile table of `tile.sequence_tile`, number of tiles) for tiles of `size` tokens that restart per sequence.
 
         The number is the static capacity s // size + num_seqs when packed, so nothing waits for the device.

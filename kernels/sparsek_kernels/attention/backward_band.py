@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward, key-major, second part: local dK and dV on top of the collected partials, written once.
+
+One program per block of consecutive keys; it owns those rows of dK and dV, so no atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from sparsek_kernels.attention.key_step import key_step, query_rows
+from sparsek_kernels.attention.segments import leave_window
+from sparsek_kernels.attention.tile import clamp_gate, is_fractional, sequence_tile
+
+
+@triton.jit
+def attention_backward_band_kernel(
+    Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, D_OUT, LSE, DELTA,
+    ENTRANT_COUNT, KEY_ROW, PART_K, PART_V, PART_GATE, D_K, D_V, KEY_SUM,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
+    tokens, slots, list_tiles, segments, kv_heads, scale, scale_log2, floor,
+    TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GATE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Grid (key blocks, b * hkv). D_K, D_V [b, s, hkv, d] contiguous; KEY_SUM [b, hkv, s] fp32."""
+    bh = tl.program_id(1).to(tl.int64)
+    batch, head = bh // kv_heads, bh % kv_heads
+    first, start, end, slot0, list0, segment0 = sequence_tile(TILES, tl.program_id(0), tokens, KEYS, PACKED)
+    if first >= end:
+        return
+
+    j = first + tl.arange(0, KEYS)
+    ok = j < end
+    u_base = U + bh * tokens
+    u = tl.load(u_base + j, mask=ok, other=0.0)
+    alive = tl.load(EVICT + bh * tokens + j, mask=ok, other=0)
+    dim = tl.arange(0, D_PAD)[None, :]
+    ok_2d = ok[:, None] & (dim < D)
+
+    first_head = head * GROUP
+    q_base = Q + batch * q_batch + first_head * q_head
+    do_base = D_OUT + batch * do_batch + first_head * do_head
+    stat_base = (batch * kv_heads * GROUP + first_head) * tokens
+    tau_base = bh * slots + slot0
+
+    # This pass owns key j's local queries and, where the segment that it leaves the window in kept no entrants,
+    # the rest of that segment. The key's older queries are in its partials.
+    segment = (j - start + WINDOW + SEGMENT - 1) // SEGMENT
+    leave = leave_window(j, start, WINDOW, STRIDE)
+    dense = (
+        tl.load(ENTRANT_COUNT + bh * segments + segment0 + segment - 1, mask=ok & (leave < end), other=0)
+        > CAPACITY
+    )
+    until = tl.minimum(tl.where(dense, start + segment * SEGMENT, leave), alive)
+    hi = tl.max(until, 0)
+    diagonal = tl.minimum(first + KEYS, hi)
+
+    row = tl.load(KEY_ROW + bh * tokens + j, mask=ok, other=-1)
+    held = row >= 0
+    held_2d = held[:, None] & (dim < D)
+    part = bh * segments * (TOPK + CAPACITY) + row
+    d_k = tl.load(PART_K + part[:, None] * D + dim, mask=held_2d, other=0.0)
+    d_v = tl.load(PART_V + part[:, None] * D + dim, mask=held_2d, other=0.0)
+    gate_sum = tl.load(PART_GATE + part, mask=held, other=0.0)
+
+    k = tl.load(K + batch * k_batch + head * k_head + j.to(tl.int64)[:, None] * k_token + dim, ok_2d, 0.0)
+    v = tl.load(V + batch * v_batch + head * v_head + j.to(tl.int64)[:, None] * v_token + dim, ok_2d, 0.0)
+
+    if UNIFORM:  # queries for which every key of the block is local and visible
+        inner = tl.maximum(diagonal, tl.minimum(leave_window(first, start, WINDOW, STRIDE), end))
+        for n in tl.range(0, tl.cdiv(inner - diagonal, QUERIES) * GROUP):
+            i = diagonal + n // GROUP * QUERIES
+            if not PACKED:
+                i = tl.multiple_of(i, QUERIES)
+            _, q, d_out, lse, delta = query_rows(
+                q_base, do_base, LSE + stat_base, DELTA + stat_base, i, n % GROUP, end, tokens,
+                q_token, q_head, do_token, do_head, D, D_PAD, QUERIES,
+            )  # fmt: skip
+            d_k, d_v, gate_sum = key_step(
+                k, v, d_k, d_v, gate_sum, q, d_out, lse, delta, 1.0, True, False, scale, scale_log2,
+                GATE, False, False, IEEE,
+            )  # fmt: skip
+        skipped = inner - diagonal
+    else:
+        skipped = 0
+    for n in tl.range(0, tl.cdiv(hi - skipped - first, QUERIES) * GROUP):  # the diagonal, then the rest
+        i = first + n // GROUP * QUERIES
+        if UNIFORM:
+            i = tl.where(i < diagonal, i, i + skipped)
+            if not PACKED:
+                i = tl.multiple_of(i, QUERIES)
+        token, q, d_out, lse, delta = query_rows(
+            q_base, do_base, LSE + stat_base, DELTA + stat_base, i, n % GROUP, end, tokens,
+            q_token, q_head, do_token, do_head, D, D_PAD, QUERIES,
+        )  # fmt: skip
+        visible = j[:, None] <= token[None, :]
+        if UNIFORM:  # one refresh point a tile: gates and evictions are per key
+            refresh = (i - start) // STRIDE
+            tau = tl.load(TAU + tau_base + refresh)
+            tau_low = tl.load(TAU_LOW + tau_base + refresh)
+            local = j > start + refresh * STRIDE - WINDOW
+            gate = tl.where(local, 1.0, clamp_gate(u, tau, tau_low, floor))[:, None]
+            fractional = (is_fractional(u, tau, tau_low) & ~local)[:, None]
+            visible &= (i < until)[:, None]
+        else:
+            refresh = (token - start) // STRIDE
+            tau = tl.load(TAU + tau_base + refresh, mask=token < end, other=0.0)[None, :]
+            tau_low = tl.load(TAU_LOW + tau_base + refresh, mask=token < end, other=0.0)[None, :]
+            local = j[:, None] > (start + refresh * STRIDE - WINDOW)[None, :]
+            gate = tl.where(local, 1.0, clamp_gate(u[:, None], tau, tau_low, floor))
+            fractional = is_fractional(u[:, None], tau, tau_low) & ~local
+            visible &= token[None, :] < until[:, None]
+        d_k, d_v, gate_sum = key_step(
+            k, v, d_k, d_v, gate_sum, q, d_out, lse, delta, gate, visible, fractional, scale, scale_log2,
+            GATE, True, True, IEEE,
+        )  # fmt: skip
+
+    own = ((batch * tokens + j) * kv_heads + head)[:, None] * D + dim
+    tl.store(D_K + own, (d_k * scale).to(D_K.dtype.element_ty), mask=ok_2d)
+    tl.store(D_V + own, d_v.to(D_V.dtype.element_ty), mask=ok_2d)
+    tl.store(KEY_SUM + bh * tokens + j, gate_sum, mask=ok)
