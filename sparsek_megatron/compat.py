@@ -93,6 +93,15 @@ def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | Non
     return list(range(first, first + count))
 
 
+def save_layers_under_their_own_keys(config: Any) -> None:
+    """Make distributed checkpoints name each layer, which a model of unlike layers needs.
+
+    megatron-core otherwise stacks a parameter of all layers into one tensor, and a model whose dense layers have no
+    scorer could not be saved. (The spelling of the setting is megatron-core's.)
+    """
+    config.hetereogenous_dist_checkpoint = True
+
+
 def mtp_layers_numbered_from_one() -> bool:
     """Whether multi-token prediction layers get layer numbers 1, 2, ... instead of ones past the
     decoder's.

@@ -73,6 +73,8 @@ class PatternedSelfAttention:
                 "get_sparsek_block_spec"
             )
         dense_layers = dense_indices(sparsek, config.num_layers)
+        if dense_layers:
+            compat.save_layers_under_their_own_keys(config)
         index = min(layer_number, config.num_layers) - 1
         if index not in dense_layers:
             spec = sparse

@@ -198,6 +198,8 @@ def get_sparsek_block_spec(
     )
     assert block.layer_specs is not None
     dense = dense_indices(sparsek, config.num_layers)
+    if dense:
+        compat.save_layers_under_their_own_keys(config)
     indices = compat.stage_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)
     layers = [
         to_sparsek(layer, sparsek, local=local, dense=index in dense)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 RANKS = 4
-MODULES = ("cases_parity", "cases_training")
+LIMIT_SECONDS = 400
+MODULES = ("cases_parity", "cases_training", "cases_checkpoint")
 
 
 class Launched:
@@ -42,7 +44,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={RANKS}", str(HERE / "worker.py"), str(out), *MODULES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500
-    )
-    return Launched(json.loads(out.read_text()) if out.exists() else {}, done.stdout)
+    log = out.with_suffix(".log")
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Launched(json.loads(out.read_text()) if out.exists() else {}, log.read_text())

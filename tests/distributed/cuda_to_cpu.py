@@ -18,6 +18,14 @@ def _is_cuda(device: Any) -> bool:
     return str(device).startswith("cuda") or (isinstance(device, int) and not isinstance(device, bool))
 
 
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 class _CudaIsCpu(TorchFunctionMode):
     """Device "cuda" becomes CPU, and CPU tensors say that their type is a torch.cuda one."""
 
@@ -37,8 +45,9 @@ class _CudaIsCpu(TorchFunctionMode):
 @contextlib.contextmanager
 def cuda_to_cpu() -> Iterator[None]:
     """Within it, megatron-core's CUDA-only code runs on CPU tensors."""
-    kept = {name: getattr(torch.cuda, name) for name in ("synchronize", "is_available", "current_stream")}
+    kept = {name: getattr(torch.cuda, name) for name in ("synchronize", "current_stream")}
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = lambda *_: _Stream()
     try:
         with _CudaIsCpu():
             yield

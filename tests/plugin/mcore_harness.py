@@ -43,17 +43,35 @@ def start_process_group() -> None:
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 
 
+_layouts: dict[tuple[int, ...], dict[str, Any]] = {}
+
+
+def _parallel_state_globals() -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()
+    }
+
+
 @contextlib.contextmanager
 def parallel(
     tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, seed: int = 123
 ) -> Iterator[None]:
-    """Megatron's process groups for these sizes, and the same seeds on all ranks."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        expert_model_parallel_size=ep,
-    )
+    """Megatron's process groups for these sizes, and the same seeds on all ranks.
+
+    The groups of a layout are made once and put back on the next use: megatron-core makes dozens, and gloo keeps
+    threads for each.
+    """
+    layout = (torch.distributed.get_world_size(), tp, pp, vpp or 0, ep)
+    if layout in _layouts:
+        vars(parallel_state).update(_layouts[layout])
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            expert_model_parallel_size=ep,
+        )
+        _layouts[layout] = _parallel_state_globals()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     try:
