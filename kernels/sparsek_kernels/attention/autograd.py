@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend as torch custom ops: fake kernels for compilation, autograd, and the public composition.
 
-`sparsek::attention` takes a finished selection, so a recomputed forward (activation checkpointing) and CUDA graphs see
-plain tensors in and out. Its backward also returns the score gradient, from per-key and per-query gate gradients and the
-intervals of F (`score_gradient`).
+`sparsek::attention` takes a finished selection, so a recomputed forward (activation checkpointing) and CUDA
+graphs see plain tensors in and out. Its backward also returns the score gradient, from per-key and per-query
+gate gradients and the intervals of F (`score_gradient`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def attention_backward_band_kernel(
     """Grid (key blocks, b * hkv). D_K, D_V [b, s, hkv, d] contiguous; KEY_SUM [b, hkv, s] fp32."""
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // kv_heads, bh % kv_heads
-    first, start, end, slot0, list0, segment0 = sequence_tile(TILES, tl.program_id(0), tokens, KEYS, PACKED)
+    first, start, end, slot0, _, segment0 = sequence_tile(TILES, tl.program_id(0), tokens, KEYS, PACKED)
     if first >= end:
         return
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch of the key-major backward: dK, dV, and per key the gate gradients of the queries for which it is in F.
 
-Every (query, key) pair belongs to exactly one of two passes, the survivors pass (older keys, by segments of queries) and
-the band pass (local keys, by blocks of keys); `segments.py` says which and where the partial sums meet.
+Every (query, key) pair belongs to exactly one of two passes, the survivors pass (older keys, by segments of
+queries) and the band pass (local keys, by blocks of keys); `segments.py` says which and where the partial sums
+meet.
 """
 
 import torch

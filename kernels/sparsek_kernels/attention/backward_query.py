@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward, query-major: dQ, delta = rowsum(dO * O), and per query the gate gradients of its keys in F.
 
-Same tiles and key order as the forward kernel; the probabilities are recomputed from LSE. Each row of dQ is owned by one
-program, so no atomics. `query_sum` is the sum over the keys of F, and over the query heads of the group, of dL/dm; it
-feeds the mean over F of the score gradient (`sparsek_kernels.selection.score_gradient`).
+Same tiles and key order as the forward kernel; the probabilities are recomputed from LSE. Each row of dQ is
+owned by one program, so no atomics. `query_sum` is the sum over the keys of F, and over the query heads of the
+group, of dL/dm; it feeds the mean over F of the score gradient (`sparsek_kernels.selection.score_gradient`).
 """
 
 import torch

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward kernel: one program per (tile of queries x their whole query-head group, key/value head).
 
-A program gathers the K/V rows of the keys selected at its list tile's start, then streams the contiguous band from
-`window` before that point to its last query. Nothing else can be attended (kernels/README.md, fact 3), and each row of
-the output is owned by one program, so no atomics are needed and results are bitwise reproducible.
+A program gathers the K/V rows of the keys selected at its list tile's start, then streams the contiguous band
+from `window` before that point to its last query. Nothing else can be attended (kernels/README.md, fact 3), and
+each row of the output is owned by one program, so no atomics are needed and results are bitwise reproducible.
 
 UNIFORM (stride >= 64 and a multiple of the tile): all queries of a tile share one refresh point, which is also the
 list tile's start. Then gates are one number per key, the band is purely local, and no eviction test is needed.
@@ -41,7 +41,8 @@ def attention_forward_kernel(
     GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, b * hkv). U, EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots]; LISTS [b, hkv, list_tiles, TOPK].
+    """Grid (query tiles, b * hkv). U, EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots];
+    LISTS [b, hkv, list_tiles, TOPK].
 
     OUT [b, s, hq, d] contiguous; LSE [b, hq, s] fp32, log2 of the softmax denominator including its maximum.
     """
@@ -152,7 +153,7 @@ def attention_forward_kernel(
 
 
 def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; see `plan.AttentionPlan` for sizes. scores [b, hkv, s] contiguous -> out [b, s, hq, d], lse [b, hq, s]."""
+    """Launch: scores [b, hkv, s] contiguous -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.AttentionPlan`."""
     b, s, hq, d = query.shape
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
     out = allocate((b, s, hq, d), dtype=query.dtype, device=query.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions shared by the two key-major backward passes: stream rows of queries into gradients of a key block."""
+"""Device functions of the two key-major backward passes: stream rows of queries into gradients of a key block."""
 
 import triton
 import triton.language as tl

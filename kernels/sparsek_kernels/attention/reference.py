@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch backend of `sparsek_attention`: the definition, one group of refresh points at a time.
 
-Every query attends to two gathered sets of keys, in one softmax: the `topk` best of the pool at its refresh point,
-weighted by SparseK gates, and the local keys with gate 1. Nothing here knows about evictions or intervals, which makes
-it an independent check of the Triton kernels; autograd differentiates it, gates included.
+Every query attends to two gathered sets of keys, in one softmax: the `topk` best of the pool at its refresh
+point, weighted by SparseK gates, and the local keys with gate 1. Nothing here knows about evictions or
+intervals, which makes it an independent check of the Triton kernels; autograd differentiates it, gates
+included.
 
 Time O(n (topk + window + stride)); memory the same for one chunk of queries: later chunks are recomputed in backward.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -149,7 +152,7 @@ def torch_attention(
     bounds = cu_seqlens.tolist()
     pieces = [
         _attend_sequence(*(x[:, start:end] for x in tensors), **options)
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in pairwise(bounds)
         if end > start
     ]
     pieces.append(query.new_zeros(query.shape[0], query.shape[1] - bounds[-1], *query.shape[2:], dtype=dtype))

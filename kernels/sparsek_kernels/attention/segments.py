@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bookkeeping of the key-major backward: which old keys each segment of queries attends to, and where partials go.
 
-Cut each sequence into segments of SEGMENT queries (a multiple of the list tile). The older keys that a segment attends to
-are its *list*, the keys selected at its start, and its *entrants*, the keys that leave the window inside it and stay
-selected. Both get one row each in the partial buffers: a segment owns TOPK + CAPACITY rows, list entries first.
+Cut each sequence into segments of SEGMENT queries (a multiple of the list tile). The older keys that a segment
+attends to are its *list*, the keys selected at its start, and its *entrants*, the keys that leave the window
+inside it and stay selected. Both get one row each in the partial buffers: a segment owns TOPK + CAPACITY rows,
+list entries first.
 
-- `index_segments_kernel` compacts the entrants, and links every list row to the row of the same key one segment earlier.
-  The list is sorted by (score descending, index ascending), so that row is found by binary search.
-- `collect_partials_kernel` sums each key's rows: the last row of a chain walks back along the links, then adds the key's
-  entrant row, and keeps the total. KEY_ROW[j] names the row with key j's total, -1 if it has none.
+- `index_segments_kernel` compacts the entrants, and links every list row to the row of the same key one segment
+  earlier. The list is sorted by (score descending, index ascending), so that row is found by binary search.
+- `collect_partials_kernel` sums each key's rows: the last row of a chain walks back along the links, then adds
+  the key's entrant row, and keeps the total. KEY_ROW[j] names the row with key j's total, -1 if it has none.
 
 A segment with more than CAPACITY entrants keeps none: its keys stay with the band pass, which is efficient exactly
 when most keys of a block survive. Every row is written by one program; chains are disjoint: no atomics.
@@ -96,7 +97,10 @@ def collect_partials_kernel(
     TOPK: tl.constexpr, WINDOW: tl.constexpr, LIST_TILE: tl.constexpr, SEGMENT: tl.constexpr, CAPACITY: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ENTRIES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments * ceil(TOPK / ENTRIES), b * hkv). PART_K, PART_V [b * hkv, segments * (TOPK + CAPACITY), D] fp32."""
+    """Grid (segments * ceil(TOPK / ENTRIES), b * hkv).
+
+    PART_K, PART_V [b * hkv, segments * (TOPK + CAPACITY), D] fp32.
+    """
     bh = tl.program_id(1).to(tl.int64)
     BLOCKS: tl.constexpr = (TOPK + ENTRIES - 1) // ENTRIES
     ROWS: tl.constexpr = TOPK + CAPACITY
