@@ -83,7 +83,7 @@ def lock_folder(folder: Path, flag: str) -> IO[Any]:
     Raises:
         UserError: another process holds it.
     """
-    stream = open(folder / ".lock", "w", encoding="utf-8")
+    stream = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:

@@ -166,6 +166,10 @@ def _deepspeed_classes() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
 def _rng_states(machine: Machine) -> dict[str, Any]:
     version, keys, gauss = random.getstate()
     name, numbers, position, has_gauss, cached = np.random.get_state()
@@ -173,7 +177,7 @@ def _rng_states(machine: Machine) -> dict[str, Any]:
         "python": (version, list(keys), gauss),
         "numpy": (name, torch.from_numpy(np.asarray(numbers).copy()), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
     if machine.on_gpu:
         states["cuda"] = torch.cuda.get_rng_state()
@@ -186,6 +190,6 @@ def _restore_rng(states: dict[str, Any], machine: Machine) -> None:
     name, numbers, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, numbers.numpy(), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    _tracker().set_states(states["tracker"])
     if machine.on_gpu:
         torch.cuda.set_rng_state(states["cuda"])

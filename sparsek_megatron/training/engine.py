@@ -54,7 +54,8 @@ def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machin
             return FusedAdam(groups, adam_w_mode=True, **common), "DeepSpeed FusedAdam"
         except (RuntimeError, OSError) as err:  # no compiler that fits this CUDA
             if machine.is_first:
-                print(f"DeepSpeed FusedAdam does not build here ({str(err).splitlines()[0]}); using torch's", flush=True)
+                reason = str(err).splitlines()[0]
+                print(f"DeepSpeed FusedAdam does not build here ({reason}); using torch's", flush=True)
     return torch.optim.AdamW(groups, fused=True, **common), "torch fused AdamW"
 
 

@@ -2,6 +2,7 @@
 """The model: mcore's `GPTModel` with RoPE, RMSNorm, GQA and SwiGLU, and SparseK in the attention slots."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ def padded_vocab_size(config: TrainingConfig, vocab_size: int) -> int:
 def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerConfig:
     """mcore's configuration of the model; bfloat16 on GPU unless told otherwise, float32 on CPU."""
     bf16 = uses_bf16(config, on_gpu=on_gpu)
-    recompute = {}
+    recompute: dict[str, Any] = {"recompute_granularity": config.recompute_granularity}
     if config.recompute_granularity == "full":
-        recompute = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -47,7 +48,6 @@ def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerCo
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
-        recompute_granularity=config.recompute_granularity,
         **recompute,
     )
 
@@ -73,7 +73,7 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
         raise UserError(str(err)) from None
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=spec,  # pyright: ignore[reportArgumentType]
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=longest,
         position_embedding_type="rope",

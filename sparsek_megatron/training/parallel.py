@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from sparsek_megatron.errors import EXIT_USAGE, UserError
 from sparsek_megatron.training.arguments import TrainingConfig
@@ -29,7 +31,7 @@ class Machine:
     rank: int
     world_size: int
     device: torch.device
-    store: dist.Store
+    store: distributed_c10d.Store
 
     @property
     def on_gpu(self) -> bool:
@@ -46,7 +48,7 @@ def initialize(config: TrainingConfig) -> Machine:
 
     Seeds every RNG: the same default generator on all ranks, mcore's tracker per tensor-parallel rank.
     """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # Megatron's advice for sequence parallelism: collectives then start in the order of the compute that they feed.
@@ -64,13 +66,15 @@ def initialize(config: TrainingConfig) -> Machine:
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
     if "MASTER_PORT" in os.environ:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     else:
-        store, rank, world_size = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True), 0, 1
-        os.environ["MASTER_PORT"] = str(store.port)
+        store, rank, world_size = distributed_c10d.HashStore(), 0, 1  # pyright: ignore[reportAttributeAccessIssue]
     # A name of its own each time: a process that starts over must not read what its last groups left in the store.
-    groups = dist.PrefixStore(f"groups_{next(_starts)}", store)
-    dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
+    groups = distributed_c10d.PrefixStore(f"groups_{next(_starts)}", store)
+    device_id = device if on_gpu else None
+    dist.init_process_group(
+        backend, timeout=timeout, store=groups, rank=rank, world_size=world_size, device_id=device_id
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,

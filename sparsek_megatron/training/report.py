@@ -50,7 +50,7 @@ class Report:
         partial = temporary_sibling(self._path)
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(partial, self._path)
-        self._stream = open(self._path, "a", encoding="utf-8", buffering=1)
+        self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
