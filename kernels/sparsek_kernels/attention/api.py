@@ -61,7 +61,7 @@ def sparsek_attention(
     _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
     if backend == "auto":
         backend = "triton" if query.is_cuda else "torch"
-    softmax_scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if backend == "torch":
         return torch_attention(
             query,
@@ -73,7 +73,7 @@ def sparsek_attention(
             stride=stride,
             pool=pool,
             gate=gate,
-            softmax_scale=softmax_scale,
+            softmax_scale=scale,
             cu_seqlens=cu_seqlens,
         )
     from sparsek_kernels.attention.autograd import triton_attention
@@ -88,7 +88,7 @@ def sparsek_attention(
         stride=stride,
         pool=pool,
         gate=gate,
-        softmax_scale=softmax_scale,
+        softmax_scale=scale,
         cu_seqlens=cu_seqlens,
     )
 

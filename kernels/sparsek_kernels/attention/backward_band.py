@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Backward, key-major, second part: local dK and dV on top of the collected partials, written once.
 
 One program per block of consecutive keys; it owns those rows of dK and dV, so no atomics.

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Launch of the key-major backward: dK, dV, and per key the gate gradients of the queries for which it is in F.
 
 Every (query, key) pair belongs to exactly one of two passes, the survivors pass (older keys, by segments of

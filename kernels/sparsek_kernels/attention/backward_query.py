@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Backward, query-major: dQ, delta = rowsum(dO * O), and per query the gate gradients of its keys in F.
 
 Same tiles and key order as the forward kernel; the probabilities are recomputed from LSE. Each row of dQ is

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Backward, key-major, first part: dK and dV of older keys, segment by segment, into fp32 partials.
 
 One program per (segment of queries, block of the keys it selects: `segments.py`). The list is sorted by score, and of

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Forward kernel: one program per (tile of queries x their whole query-head group, key/value head).
 
 A program gathers the K/V rows of the keys selected at its list tile's start, then streams the contiguous band

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from sparsek_kernels.attention.tile import GATE_CODE
 from sparsek_kernels.selection.types import list_tile
@@ -94,8 +93,8 @@ class AttentionPlan:
         _, self.tokens, heads, self.dim = query.shape
         self.kv_heads = key.shape[2]
         self.group = heads // self.kv_heads
-        self.group_pad = triton.next_power_of_2(self.group)
-        self.dim_pad = max(64, triton.next_power_of_2(self.dim))
+        self.group_pad = 1 << (self.group - 1).bit_length()
+        self.dim_pad = max(64, 1 << (self.dim - 1).bit_length())
         self.topk, self.window, self.stride, self.gate = topk, window, stride, gate
         self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
         self.floor = 1.0 / (pool - topk + 1)  # no selected gate is below this (kernels/README.md)
@@ -142,7 +141,7 @@ class AttentionPlan:
         The number is the static capacity s // size + num_seqs when packed, so nothing waits for the device.
         """
         if self.cu_seqlens is None:
-            return None, triton.cdiv(self.tokens, size)
+            return None, -(-self.tokens // size)
         bounds = self.cu_seqlens.long()
         starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
 

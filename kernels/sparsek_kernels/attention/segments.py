@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's language is not typed Python:
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """Bookkeeping of the key-major backward: which old keys each segment of queries attends to, and where partials go.
 
 Cut each sequence into segments of SEGMENT queries (a multiple of the list tile). The older keys that a segment
