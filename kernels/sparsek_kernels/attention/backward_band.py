@@ -28,7 +28,7 @@ def attention_backward_band_kernel(
     """Grid (key blocks, b * hkv). D_K, D_V [b, s, hkv, d] contiguous; KEY_SUM [b, hkv, s] fp32."""
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // kv_heads, bh % kv_heads
-    first, start, end, slot0, _, segment0 = sequence_tile(TILES, tl.program_id(0), tokens, KEYS, PACKED)
+    first, start, end, slot0, _list0, segment0 = sequence_tile(TILES, tl.program_id(0), tokens, KEYS, PACKED)
     if first >= end:
         return
 
@@ -75,7 +75,7 @@ def attention_backward_band_kernel(
             i = diagonal + n // GROUP * QUERIES
             if not PACKED:
                 i = tl.multiple_of(i, QUERIES)
-            _, q, d_out, lse, delta = query_rows(
+            _token, q, d_out, lse, delta = query_rows(
                 q_base, do_base, LSE + stat_base, DELTA + stat_base, i, n % GROUP, end, tokens,
                 q_token, q_head, do_token, do_head, D, D_PAD, QUERIES,
             )  # fmt: skip
