@@ -51,7 +51,8 @@ def test_kernel_matches_projection(case):
     z, k = case
     if k >= len(z):
         return
-    gates, fractional = gates_triton(torch.from_numpy(z.copy())[None], k)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gates, fractional = (x.cpu() for x in gates_triton(torch.from_numpy(z.copy())[None].to(device), k))
     expected, members = _gates_torch(torch.from_numpy(z.copy())[None], k)
     np.testing.assert_allclose(gates[0].numpy(), project(z, k), atol=2e-7)
     torch.testing.assert_close(gates, expected, atol=1e-7, rtol=0)

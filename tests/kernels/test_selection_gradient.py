@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear-time score gradient against autograd through the operator on every pool, in float64."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -49,6 +50,15 @@ def by_autograd(selection, pools, extended, weights):
     return key_sum, query_sum, torch.autograd.grad(loss, u)[0]
 
 
+def gradient_of(selection, key_sum, query_sum, backend):
+    """`score_gradient` on the device that runs the backend, back on the CPU."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    fields = {f.name: getattr(selection, f.name) for f in dataclasses.fields(selection)}
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+    key_sum, query_sum = key_sum.float().to(device), query_sum.float().to(device)
+    return score_gradient(dataclasses.replace(selection, **moved), key_sum, query_sum, backend=backend).cpu()
+
+
 CASES = {
     "plain": (80, {"topk": 4, "window": 8, "stride": 8, "pool": 12}, 1.0),
     "per token": (50, {"topk": 3, "window": 5, "stride": 1, "pool": 7}, 0.3),
@@ -68,7 +78,7 @@ def test_matches_autograd(name, backend):
     selection = select(scores, backend="torch", **kw)
     weights = torch.randn(2, n, 2, kw["topk"], dtype=torch.float64)
     key_sum, query_sum, expected = by_autograd(selection, pool_indices(scores, **kw), scores, weights)
-    gradient = score_gradient(selection, key_sum.float(), query_sum.float(), backend=backend)
+    gradient = gradient_of(selection, key_sum, query_sum, backend)
     assert gradient.shape == scores.shape and gradient.dtype == torch.float32
     torch.testing.assert_close(gradient.double(), expected, atol=5e-6, rtol=1e-5)
     assert gradient.double().sum(1).abs().max() < 2e-5
@@ -88,7 +98,7 @@ def test_packed_and_carried(backend):
     key_sum, query_sum, expected = by_autograd(selection, pools, scores, weights)
     query_sum[..., 55:] = float("nan")
     key_sum[..., 55:] = float("nan")
-    gradient = score_gradient(selection, key_sum.float(), query_sum.float(), backend=backend)
+    gradient = gradient_of(selection, key_sum, query_sum, backend)
     torch.testing.assert_close(gradient.double(), expected, atol=5e-6, rtol=1e-5)
     assert torch.equal(gradient[:, 55:], torch.zeros(1, 5, 2))
 
@@ -97,5 +107,5 @@ def test_packed_and_carried(backend):
     extended = torch.cat([state.pool_scores.mT, state.recent_scores.mT, scores[:, 33:]], 1)
     pools = pool_indices(scores[:, 33:], state=state, **kw)
     key_sum, query_sum, expected = by_autograd(selection, pools, extended.nan_to_num(neginf=-1e9), weights[:, 33:])
-    gradient = score_gradient(selection, key_sum.float(), query_sum.float(), backend=backend)
+    gradient = gradient_of(selection, key_sum, query_sum, backend)
     torch.testing.assert_close(gradient.double(), expected, atol=5e-6, rtol=1e-5)

@@ -63,6 +63,11 @@ class Geometry:
         """Candidates of this call that slot `slot` has been offered."""
         return max(0, self.stride * (self.first_refresh + slot) - self.window + 1 - self.first_candidate)
 
+    def slot_of(self, candidate: int) -> int:
+        """First slot that has been offered candidate number `candidate`."""
+        position = self.first_candidate + candidate
+        return -(-(position + self.window) // self.stride) - self.first_refresh
+
     @property
     def num_tiles(self) -> int:
         tile = list_tile(self.stride)

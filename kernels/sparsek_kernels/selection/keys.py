@@ -52,21 +52,23 @@ def count_above(list_ptr, key, LOG_COUNT: tl.constexpr, OR_EQUAL: tl.constexpr):
 
 @triton.jit
 def merge_best(out_ptr, a_ptr, b_ptr, LOG_A: tl.constexpr, LOG_B: tl.constexpr):
-    """out = the 2^LOG_A largest keys of two descending lists of 2^LOG_A and 2^LOG_B keys, descending. May be in place.
+    """out = the 2^LOG_A largest keys of two descending lists of 2^LOG_A and 2^LOG_B keys, descending. out may be b.
 
-    The place of a key is its own index plus the number of keys of the other list before it. For list b that is a binary
-    search; for list a it follows by counting: b[j] precedes a[i] exactly where at most i keys of a precede b[j].
+    The place of b[j] is j plus the number of keys of a before it, a binary search; what places remain belong to the
+    keys of a in order. Measured alternatives: a bitonic merge network, and binary searches from both sides.
     """
     lane_a = tl.arange(0, 1 << LOG_A)
     lane_b = tl.arange(0, 1 << LOG_B)
-    key_a = tl.load(a_ptr + lane_a)
     key_b = tl.load(b_ptr + lane_b)
-    rank_b = count_above(a_ptr, key_b, LOG_A, True)
-    place_b = lane_b + rank_b
-    place_a = lane_a + tl.cumsum(tl.histogram(rank_b, 1 << LOG_A, mask=rank_b < (1 << LOG_A)), 0)
+    place_b = lane_b + count_above(a_ptr, key_b, LOG_A, True)
     tl.debug_barrier()
-    tl.store(out_ptr + place_a, key_a, mask=place_a < (1 << LOG_A))
+    tl.store(out_ptr + lane_a, tl.full([1 << LOG_A], EMPTY, tl.int64))
+    tl.debug_barrier()
     tl.store(out_ptr + place_b, key_b, mask=place_b < (1 << LOG_A))
+    tl.debug_barrier()
+    key = tl.load(out_ptr + lane_a)
+    source = lane_a - tl.cumsum((key != EMPTY).to(tl.int32), 0)
+    tl.store(out_ptr + lane_a, tl.load(a_ptr + source, mask=key == EMPTY, other=EMPTY), mask=key == EMPTY)
     tl.debug_barrier()
 
 

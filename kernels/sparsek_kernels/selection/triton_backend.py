@@ -46,8 +46,8 @@ def make_plan(candidates: int, slots: int, rows: int, pool: int) -> Plan:
     lists = max(1, candidates // block)
     return Plan(
         block=block,
-        group=max(8, isqrt(lists)),
-        slots=min(256, max(1, rows * slots // (132 * 12))),
+        group=lists if lists <= 24 else max(8, isqrt(lists)),
+        slots=min(256, triton.next_power_of_2(max(1, rows * slots // (132 * 16)))),
         sort_warps=max(1, block // 512),
         scan_warps=min(max(size // 128, 4), 16),
         walk_warps=max(1, block // 512),
@@ -173,7 +173,8 @@ def run_kernels(
             scan_carries[(rows,)](x, carries, list_table, num_seqs, num_groups, x_stride, c_stride, **shared)
             add_carries[(num_lists - plan.group, rows)](x, carries, list_table, num_seqs, x_stride, c_stride, **shared)
     if num_slots and rows:
-        walk[(-(-num_slots // plan.slots), rows)](
+        lead = 0 if packed else -geometry.slot_of(0) % plan.slots
+        walk[(-(-(num_slots + lead) // plan.slots), rows)](
             y,
             x,
             best,
@@ -202,6 +203,7 @@ def run_kernels(
             y_stride,
             x_stride,
             plan.slots,
+            lead,
             LOG_SIZE=log_size,
             BLOCK=block,
             TOPK=max(16, triton.next_power_of_2(topk)),

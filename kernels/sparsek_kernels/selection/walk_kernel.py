@@ -145,6 +145,7 @@ def walk(
     y_stride,
     x_stride,
     slots,
+    lead,
     LOG_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -152,14 +153,16 @@ def walk(
     STATE: tl.constexpr,
     HARD: tl.constexpr,
 ):
-    """Grid (pieces of `slots` consecutive slots, rows). A program writes the slots of its piece and no other."""
+    """Grid (pieces of `slots` consecutive slots, rows). A program writes the slots of its piece and no other. The first
+    piece is `lead` slots short, so that pieces and blocks begin at the same slots where the sizes allow it."""
     SIZE: tl.constexpr = 1 << LOG_SIZE
     CHUNKS: tl.constexpr = 1 << (LOG_SIZE // 2)
     WIDTH: tl.constexpr = SIZE // CHUNKS
     PART: tl.constexpr = 8 if WIDTH > 8 else WIDTH
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * slots
+    slot = tl.program_id(0) * slots - lead
     stop = tl.minimum(slot + slots, num_slots)
+    slot = tl.maximum(slot, 0)
     y_ptr += row * y_stride
     x_ptr += row * x_stride
     out = row * num_slots
