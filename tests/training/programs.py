@@ -59,6 +59,11 @@ def start_module(module: str, *arguments: str) -> subprocess.Popen:
     return _start("-m", module, *arguments)
 
 
+def start_code(code: str) -> subprocess.Popen:
+    """Start `python -c code`."""
+    return _start("-c", code)
+
+
 def _start(*command: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *command], env=environment(), text=True,
