@@ -4,10 +4,13 @@
 The Triton kernels run here in Triton's interpreter at small sizes (`test_attention_gpu.py` runs them compiled).
 """
 
+from itertools import pairwise
+
 import attention_oracle
 import pytest
 import torch
 from sparsek_kernels import sparsek_attention
+from sparsek_kernels.attention import plan
 
 
 def make_inputs(n, hq=2, hkv=1, d=16, batch=1, spread=0.5, seed=0, dtype=torch.float64):
@@ -47,44 +50,54 @@ GATES = ("key_value", "value", "logit")
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
     ("n", "topk", "window", "stride", "pool"),
-    [(61, 4, 5, 1, 9), (97, 6, 8, 8, 24), (70, 3, 7, 5, 12), (40, 8, 4, 16, 8), (1, 1, 1, 1, 4), (33, 50, 4, 4, 60)],
+    [
+        (61, 4, 5, 1, 9),
+        (97, 6, 8, 8, 24),
+        (70, 3, 7, 5, 12),
+        (40, 8, 4, 16, 8),
+        (1, 1, 1, 1, 4),
+        (33, 50, 4, 4, 60),
+    ],
 )
 def test_torch_backend_is_exact(gate, n, topk, window, stride, pool):
     inputs = make_inputs(n, hq=4, hkv=2, batch=2)
     check(inputs, 1e-10, "torch", topk=topk, window=window, stride=stride, pool=pool, gate=gate)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
 @pytest.mark.parametrize("gate", GATES)
-def test_short_sequences_are_dense_causal_attention(backend, gate):
+def test_short_sequences_are_dense_causal_attention(gate):
     inputs = make_inputs(48, hq=4, hkv=2)
-    q, k, v, u = inputs
-    out = sparsek_attention(*inputs, topk=30, window=18, stride=4, gate=gate, backend=backend)
+    q, k, v, _ = inputs
+    out = sparsek_attention(*inputs, topk=30, window=18, stride=4, gate=gate, backend="torch")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert error(out, dense.transpose(1, 2)) < 1e-12
 
 
-def test_packed_sequences_equal_each_alone():
-    lengths = (37, 0, 1, 64, 20)
-    n = sum(lengths) + 5
-    inputs = make_inputs(n, hq=2, hkv=2)
+def packed_inputs(lengths, **shape):
+    """Inputs of sequences packed along s, with five rows of NaN behind them, and their boundaries."""
+    inputs = make_inputs(sum(lengths) + 5, **shape)
     for x in inputs:
         x[:, sum(lengths) :] = float("nan")
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    options = {"topk": 4, "window": 6, "stride": 4}
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = sparsek_attention(*leaves, cu_seqlens=bounds, **options)
-    d_out = torch.randn(out.shape, dtype=out.dtype)
-    gradients = torch.autograd.grad(out, leaves, d_out)
-    for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        if a == b:
-            continue
-        alone = run(sparsek_attention, [x[:, a:b] for x in inputs], d_out[:, a:b], **options)
-        for packed, single in zip((out, *gradients), alone, strict=True):
-            assert torch.equal(packed[:, a:b], single)
-    for x in (out, *gradients):
-        assert (x[:, sum(lengths) :] == 0).all()
+    return inputs, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def check_packed(inputs, bounds, same, **options):
+    """Packed outputs and gradients against each sequence alone; zeros behind the last sequence."""
+    d_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    packed = run(sparsek_attention, inputs, d_out, cu_seqlens=bounds, **options)
+    for a, b in pairwise(bounds.tolist()):
+        if a < b:
+            alone = run(sparsek_attention, [x[:, a:b] for x in inputs], d_out[:, a:b], **options)
+            for x, y in zip(packed, alone, strict=True):
+                assert same(x[:, a:b], y)
+    for x in packed:
+        assert (x[:, bounds[-1] :] == 0).all()
+
+
+def test_packed_sequences_equal_each_alone():
+    inputs, bounds = packed_inputs((37, 0, 1, 64, 20), hq=2, hkv=2)
+    check_packed(inputs, bounds, torch.equal, topk=4, window=6, stride=4, backend="torch")
 
 
 def test_scores_stay_connected_where_nothing_is_fractional():
@@ -116,7 +129,75 @@ def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match="query has 3 heads, not a multiple of key's 2"):
         sparsek_attention(q, k, v, u, topk=4, window=4)
     q, k, v, u = make_inputs(8)
-    with pytest.raises(ValueError, match="scores has dtype torch.float32"):
+    with pytest.raises(ValueError, match="scores has dtype torch\\.float32"):
         sparsek_attention(q, k, v, u.float(), topk=4, window=4)
     with pytest.raises(ValueError, match=r"value has shape \(1, 7, 1, 16\)"):
         sparsek_attention(q, k, v[:, :7], u, topk=4, window=4)
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments short enough that a few hundred tokens cross several of them."""
+    monkeypatch.setattr(plan, "SEGMENT_QUERIES", 128)
+
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compiled where CUDA is: test_attention_gpu.py"
+)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("n", "hq", "hkv", "d", "topk", "window", "stride", "pool", "gate"),
+    [
+        (300, 4, 1, 64, 16, 20, 64, 40, "key_value"),  # one refresh point a tile
+        (261, 3, 1, 80, 16, 20, 8, 40, "logit"),  # several refresh points a tile, surplus head rows, padded d
+        (200, 2, 2, 64, 8, 5, 1, 32, "value"),
+        (270, 7, 1, 64, 8, 130, 64, 32, "logit"),
+    ],
+)
+def test_interpreted_kernels(short_segments, n, hq, hkv, d, topk, window, stride, pool, gate):
+    inputs = make_inputs(n, hq=hq, hkv=hkv, d=d, dtype=torch.float32)
+    check(inputs, 2e-6, "triton", topk=topk, window=window, stride=stride, pool=pool, gate=gate)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", ["equal", "rising", "falling", "immortal", "huge"])
+def test_interpreted_kernels_on_hard_scores(short_segments, shape):
+    n = 270
+    inputs = list(make_inputs(n, hq=1, hkv=1, d=64, dtype=torch.float32))
+    ramp = torch.arange(n, dtype=torch.float32)[None, :, None]
+    if shape == "equal":
+        inputs[3] = torch.zeros(1, n, 1)
+    elif shape == "rising":
+        inputs[3] = ramp / 20  # every key is selected for a while: segments with more entrants than they keep
+    elif shape == "falling":
+        inputs[3] = -ramp / 20
+    elif shape == "immortal":
+        inputs[3][:, 3] = 100.0
+    else:
+        inputs[3] = inputs[3] * 1e6
+    check(tuple(inputs), 2e-6, "triton", topk=8, window=16, stride=64, gate="key_value")
+
+
+@interpreted
+def test_interpreted_kernels_packed_and_strided(short_segments):
+    inputs, bounds = packed_inputs((140, 0, 1, 90), hq=2, hkv=1, d=64, dtype=torch.float32)
+    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 4 else x for x in inputs]
+    options = {"topk": 8, "window": 12, "stride": 64, "gate": "key_value", "backend": "triton"}
+    check_packed(inputs, bounds, lambda x, y: error(x, y) < 2e-6, **options)
+
+
+@interpreted
+def test_interpreted_kernels_in_half_precision(short_segments):
+    inputs = make_inputs(150, hq=2, hkv=1, d=64, dtype=torch.float16)
+    check(inputs, 2e-3, "triton", topk=8, window=12, stride=64, gate="key_value")
+
+
+def test_triton_backend_names_what_it_lacks():
+    q, k, v, u = make_inputs(8, d=48, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="query has head dimension 48"):
+        sparsek_attention(q, k, v, u, topk=4, window=4, backend="triton")
+    q, k, v, u = make_inputs(8, d=64)
+    with pytest.raises(NotImplementedError, match="query is float64"):
+        sparsek_attention(q, k, v, u, topk=4, window=4, backend="triton")

@@ -9,6 +9,7 @@ gate gradients and the intervals of F (`score_gradient`).
 from __future__ import annotations
 
 import torch
+import triton
 
 from sparsek_kernels.attention.backward_key import attention_backward_key
 from sparsek_kernels.attention.backward_query import attention_backward_query
@@ -147,6 +148,8 @@ def triton_attention(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sparsek_attention` on CUDA, arguments already validated: selection, then attention on it."""
+    if not query.is_cuda and not triton.knobs.runtime.interpret:
+        raise NotImplementedError(f"query is on {query.device}: the triton backend needs CUDA; use backend='torch'")
     if query.dtype == torch.float64:
         raise NotImplementedError(
             "query is float64: the triton backend computes in fp32; use backend='torch'"

@@ -13,6 +13,7 @@ from sparsek_kernels.selection.types import list_tile
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_GROUP = 64
+SEGMENT_QUERIES = 1024  # least queries per segment of the key-major backward
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class AttentionPlan:
         self.list_tile = list_tile(stride)
         self.full_precision = query.dtype == torch.float32
         # Partials take (topk + capacity) / segment rows per key; longer segments mean fewer and longer programs.
-        self.segment = self.list_tile * -(-max(1024, 2 * topk) // self.list_tile)
+        self.segment = self.list_tile * -(-max(SEGMENT_QUERIES, 2 * topk) // self.list_tile)
         self.capacity = self.segment // 4
         tilings = tilings or tilings_for(query.device, query.dtype, self.dim_pad)
         self.forward = self._fit(tilings.forward, self.group_pad)
