@@ -21,6 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from sparsek_kernels import sparsek_attention
 from torch import Tensor
@@ -147,19 +148,23 @@ class SparseKCoreAttention(MegatronModule):
 
 
 def complete_submodules(submodules: Any, config: TransformerConfig, *, fused_input_norm: bool) -> Any:
-    """Self attention submodules of a spec made before the configuration, with the slots that depend on it.
-
-    Raises NotImplementedError for mixture of experts, which such a spec cannot hold.
-    """
-    if config.num_moe_experts is not None:
-        raise NotImplementedError(
-            f"--num-experts {config.num_moe_experts}: this spec object has dense MLPs; use the function "
-            "sparsek_megatron.specs.sparsek_spec, or get_sparsek_block_spec(config)"
-        )
+    """Self attention submodules of a spec made before the configuration, with the slots that depend on it."""
     if not config.qk_layernorm:
         return submodules
     norm = compat.transformer_engine_norm() if fused_input_norm else QKNorm
     return dataclasses.replace(submodules, q_layernorm=norm, k_layernorm=norm)
+
+
+def refuse_missing_experts(config: TransformerConfig, layer_slots: dict[str, str]) -> None:
+    """Refuse mixture of experts in a layer whose spec, made before the configuration, holds a dense MLP.
+
+    Raises NotImplementedError naming the alternative.
+    """
+    if config.num_moe_experts is not None and layer_slots.get("mlp") != IdentityOp.__name__:
+        raise NotImplementedError(
+            f"--num-experts {config.num_moe_experts}: this spec object has dense MLPs; use the function "
+            "sparsek_megatron.specs.sparsek_spec, or get_sparsek_block_spec(config)"
+        )
 
 
 class SparseKSelfAttention(SelfAttention):
@@ -192,6 +197,7 @@ class SparseKSelfAttention(SelfAttention):
         refuse.check_model_config(config)
         refuse.check_running_script()
         if before_config:
+            refuse_missing_experts(config, layer_slots or {})
             submodules = complete_submodules(submodules, config, fused_input_norm=fused_input_norm)
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
         self.sparsek, source = (sparsek, "code") if sparsek else settings_from_environment()

@@ -102,6 +102,20 @@ def save_layers_under_their_own_keys(config: Any) -> None:
     config.hetereogenous_dist_checkpoint = True
 
 
+def stock_hybrid_stack_spec() -> Any:
+    """megatron-core's `hybrid_stack_spec`. Raises NotImplementedError where the version has no `HybridModel`."""
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import (  # pyright: ignore[reportMissingImports]
+            hybrid_stack_spec,
+        )
+    except ModuleNotFoundError:
+        raise NotImplementedError(
+            f"megatron-core {MCORE_VERSION} has no HybridModel: use GPTModel with get_sparsek_layer_spec, or "
+            "megatron-core 0.19"
+        ) from None
+    return hybrid_stack_spec
+
+
 def mtp_layers_numbered_from_one() -> bool:
     """Whether multi-token prediction layers get layer numbers 1, 2, ... instead of ones past the
     decoder's.

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from sparsek_megatron import compat
-from sparsek_megatron.attention import complete_submodules
+from sparsek_megatron.attention import complete_submodules, refuse_missing_experts
 from sparsek_megatron.config import SparseKConfig
 from sparsek_megatron.environment import settings_from_environment
 
@@ -79,6 +79,7 @@ class PatternedSelfAttention:
         if index not in dense_layers:
             spec = sparse
         elif sparse.params["before_config"]:
+            refuse_missing_experts(config, sparse.params["layer_slots"])
             fused = sparse.params["fused_input_norm"]
             completed = complete_submodules(dense.submodules, config, fused_input_norm=fused)
             spec = dataclasses.replace(dense, submodules=completed)

@@ -117,4 +117,5 @@ def linear_score(x: Tensor, w: Tensor) -> Tensor:
     Differentiable in both; gradients have the dtypes of x and w and are accumulated in fp32.
     """
     flat = x.reshape(-1, x.shape[-1])
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
     return _LinearScore.apply(flat, w.contiguous()).view(*x.shape[:-1], w.shape[1])

@@ -23,6 +23,7 @@ from mcore_harness import (
     relative_errors,
     tiny_config,
 )
+from megatron.core.models.gpt import gpt_layer_specs
 from worker import case
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
@@ -110,6 +111,45 @@ def tp2_sp_packed_sequences() -> dict[str, float]:
 def tp2_sp_full_recompute() -> dict[str, float]:
     changes = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return parity(2, True, changes)
+
+
+@case
+def replicated_weights_start_equal_on_all_ranks() -> list[str]:
+    """Names of the replicated parameters; `full_weights` raises where tensor-parallel ranks drew different values."""
+    with parallel(tp=4):
+        config = tiny_config(normalization="LayerNorm")
+        sparsek = SparseKConfig(**SPARSEK, scorer="mlp", scorer_norm=True)
+        model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=sparsek))
+        full_weights(model)
+        return [n for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)]
+
+
+@case
+def covering_selection_against_the_stock_dense_model() -> dict[str, dict[str, float]]:
+    """Errors of a SparseK model with topk + window >= s under several splits, the stock model on one rank."""
+    with parallel():
+        config = tiny_config(params_dtype=torch.float64)
+        stock = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+        dense = build_gpt(config, stock).double()
+        randomise(dense)
+        weights = full_weights(dense)
+        loss, gradients = loss_and_gradients(dense, batch())
+    answer = {}
+    for name, (tp, sequence_parallel) in {
+        "tp2": (2, False),
+        "tp2_sp": (2, True),
+        "tp4_sp": (4, True),
+    }.items():
+        with parallel(tp=tp):
+            config = tiny_config(params_dtype=torch.float64, sequence_parallel=sequence_parallel)
+            sparsek = SparseKConfig(topk=40, window=24, stride=8)
+            model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=sparsek))
+            load_full(model, {**full_weights(model), **weights})
+            got_loss, got = loss_and_gradients(model, batch())
+        scorers = {n: got.pop(n) for n in list(got) if "scorer" in n}
+        assert len(scorers) == 4 and not any(g.any() for g in scorers.values())
+        answer[name] = {"loss": float((got_loss - loss).abs() / loss), **relative_errors(got, gradients)}
+    return answer
 
 
 @case

@@ -9,6 +9,7 @@ import torch
 from cuda_to_cpu import cuda_to_cpu
 from mcore_harness import parallel, randomise, relative_errors, shard_of, unshard
 from mcore_training import Training
+from megatron.core.models.gpt import gpt_layer_specs
 from worker import case
 
 from sparsek_megatron import (
@@ -25,7 +26,8 @@ SPARSEK: dict[str, Any] = {"topk": 5, "window": 4, "stride": 4, "pool": 12, "ref
 
 def train(
     tp: int, pp: int, steps: int, *, vpp: int | None = None, weights: dict[str, torch.Tensor] | None = None,
-    distributed: bool = True, sparsek: SparseKConfig | None = None, layer_spec: bool = False, **changes: Any,
+    distributed: bool = True, sparsek: SparseKConfig | None = None, layer_spec: bool = False, stock: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Losses and gradient norms of `steps` steps, whole gradients of the first, and what was built.
 
@@ -35,6 +37,10 @@ def train(
     sparsek = sparsek or SparseKConfig(**SPARSEK)
 
     def spec(config: Any, vp_stage: int | None) -> Any:
+        if stock:
+            return gpt_layer_specs.get_gpt_decoder_block_spec(
+                config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+            )
         if layer_spec:
             return get_sparsek_layer_spec(config, sparsek=sparsek)
         return get_sparsek_block_spec(config, sparsek=sparsek, vp_stage=vp_stage)
@@ -42,7 +48,11 @@ def train(
     with parallel(tp=tp, pp=pp, vpp=vpp), cuda_to_cpu():
         from megatron.core import parallel_state
 
-        given = None if weights is None else (lambda name, p: shard_of(name, p, weights[name]))
+        given = (
+            None
+            if weights is None
+            else (lambda name, p: shard_of(name, p, weights[name]) if name in weights else p)
+        )
         training = Training(spec, sparsek, vpp=vpp, distributed=distributed, weights=given, **changes)
         if weights is None:
             randomise(training.chunks[0].module)
@@ -96,6 +106,17 @@ def compare(reference: dict[str, Any], got: dict[str, Any]) -> dict[str, Any]:
 def training_tp2_pp2_sp() -> dict[str, Any]:
     reference = train(1, 1, COMPARED, distributed=False)
     got = train(2, 2, STEPS, weights=reference["initial"], sequence_parallel=True)
+    return compare(reference, got)
+
+
+@case
+def covering_selection_on_pp2_tp2_sp() -> dict[str, Any]:
+    """A SparseK model with topk + window >= s in a pipeline against the stock dense model in one process."""
+    covering = SparseKConfig(topk=20, window=12, stride=4)
+    reference = train(1, 1, 2, distributed=False, stock=True)
+    got = train(2, 2, 2, sparsek=covering, weights=reference["initial"], sequence_parallel=True)
+    for kept in ("gradients", "initial"):
+        got[kept] = {name: t for name, t in got[kept].items() if "scorer" not in name}
     return compare(reference, got)
 
 

@@ -35,6 +35,14 @@ def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_paral
     check(launched["training_tp2_dp2_sp_qk_norm"], gradients=False)
 
 
+def test_a_covering_selection_in_a_pipeline_is_the_stock_dense_model(launched) -> None:
+    answer = launched["covering_selection_on_pp2_tp2_sp"]
+    assert worst_difference(answer["losses"]) <= 1e-5
+    assert len(answer["gradients"]) == 16
+    worst = max(answer["gradients"].items(), key=lambda item: item[1])
+    assert worst[1] <= 1e-5, worst
+
+
 @pytest.mark.parametrize("split", ["pp2", "pp2_vpp2", "pp2_vpp2_layer_spec"])
 def test_dense_layers_keep_their_global_place_under_pipeline_splits(launched, split: str) -> None:
     answers = launched["dense_layers_under_virtual_pipelines"]

@@ -29,6 +29,19 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(launched, name: str) ->
     assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]}"
 
 
+@pytest.mark.parametrize("split", ["tp2", "tp2_sp", "tp4_sp"])
+def test_a_covering_selection_is_the_stock_dense_model(launched, split: str) -> None:
+    errors = launched["covering_selection_against_the_stock_dense_model"][split]
+    assert len(errors) == 1 + 16
+    worst = max(errors, key=lambda n: errors[n])
+    assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]}"
+
+
+def test_replicated_weights_start_equal_on_all_ranks(launched) -> None:
+    names = launched["replicated_weights_start_equal_on_all_ranks"]
+    assert sum("scorer" in name for name in names) == 2 * 5
+
+
 def test_the_comparison_sees_a_missing_sum_over_ranks(launched) -> None:
     errors = launched["control_without_the_sum_over_ranks"]
     assert min(errors.values()) > 0.02, errors

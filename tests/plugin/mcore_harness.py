@@ -40,6 +40,7 @@ def start_process_group() -> None:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+    _layouts.clear()
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 
 
