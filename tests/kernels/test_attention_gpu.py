@@ -6,9 +6,8 @@
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-
 from sparsek_kernels import select, sparsek_attention
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}

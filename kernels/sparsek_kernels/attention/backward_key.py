@@ -56,17 +56,16 @@ def attention_backward_key(plan, query, key, value, scores, selection, d_out, ls
         TOPK_PAD=triton.next_power_of_2(topk), SEGMENT_PAD=triton.next_power_of_2(plan.segment),
     )  # fmt: skip
 
-    inputs = (
-        query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
-    )  # fmt: skip
+    inputs = (query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict)
     numbers = (
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
-        s, slots, list_tiles, segments, hkv, plan.scale, plan.scale_log2, plan.floor,
+        s, slots, segments, hkv, plan.scale, plan.scale_log2, plan.floor,
     )  # fmt: skip
     tiling = plan.backward_survivors
     blocks = triton.cdiv(topk, tiling.keys) + triton.cdiv(capacity, tiling.keys)
     attention_backward_survivors_kernel[(segments * blocks, rows)](
-        *inputs, segment_tiles, d_out, lse, delta, entrants, entrant_count, part_k, part_v, part_gate, *numbers,
+        *inputs, segment_tiles, d_out, lse, delta, selection.lists, entrants, entrant_count,
+        part_k, part_v, part_gate, *numbers, list_tiles,
         **plan.constants(tiling), **sizes, **tiling.launch,
     )  # fmt: skip
     collect_partials_kernel[(segments * triton.cdiv(topk, ENTRIES), rows)](

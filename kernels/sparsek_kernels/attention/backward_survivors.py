@@ -18,10 +18,10 @@ from sparsek_kernels.attention.tile import clamp_gate, is_fractional, sequence_t
 
 @triton.jit
 def attention_backward_survivors_kernel(
-    Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, D_OUT, LSE, DELTA,
-    ENTRANTS, ENTRANT_COUNT, PART_K, PART_V, PART_GATE,
+    Q, K, V, U, TAU, TAU_LOW, EVICT, TILES, D_OUT, LSE, DELTA,
+    LISTS, ENTRANTS, ENTRANT_COUNT, PART_K, PART_V, PART_GATE,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    tokens, slots, list_tiles, segments, kv_heads, scale, scale_log2, floor,
+    tokens, slots, segments, kv_heads, scale, scale_log2, floor, list_tiles,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr, SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     GATE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
