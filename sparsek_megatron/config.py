@@ -24,7 +24,7 @@ def _require_number(name: str, value: object, *, positive: bool) -> None:
         raise ValueError(f"{name}={value!r}: must be greater than 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SparseKConfig:
     """Settings of SparseK attention, the same for every layer of a model.
 
@@ -40,7 +40,8 @@ class SparseKConfig:
 
     Scoring:
 
-    scorer            "linear" or "mlp" (one hidden layer with SiLU)
+    scorer            "linear", or "mlp" (one hidden layer with SiLU). A token's linear score is bitwise the same in any
+                      shard or batch; the hidden layer of "mlp" is a library matmul, which does not promise that
     scorer_hidden_size  width of the "mlp" scorer; None means hidden_size // 4
     score_spread      standard deviation of the scores at initialisation, for a normalised input. It acts as a
                       temperature: gates are 1 wide in units of score

@@ -22,7 +22,9 @@ from mcore_harness import (
     randomise,
     relative_errors,
     tiny_config,
+    unshard,
 )
+from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from worker import case
 
@@ -105,6 +107,37 @@ def tp2_qk_norm_detached_scores() -> dict[str, float]:
 @case
 def tp2_sp_packed_sequences() -> dict[str, float]:
     return parity(2, True, thd=True)
+
+
+@case
+def ep2_tp2_sp_experts() -> dict[str, float]:
+    """Mixture of experts on two expert-parallel ranks; gradients of the parameters that are not experts'."""
+    changes = {
+        "num_moe_experts": 4,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+    }
+    weights, loss, gradients = run(1, False, changes, {})
+    with parallel(tp=2, ep=2):
+        config = tiny_config(
+            params_dtype=torch.float64, sequence_parallel=True, expert_model_parallel_size=2, **changes
+        )
+        model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=SparseKConfig(**SPARSEK)))
+        first = parallel_state.get_expert_model_parallel_rank() * 2
+
+        def whole_name(name: str) -> str:
+            head, _, rest = name.partition(".local_experts.")
+            index, _, tail = rest.partition(".")
+            return f"{head}.local_experts.{first + int(index)}.{tail}" if rest else name
+
+        load_full(model, {name: weights[whole_name(name)] for name, _ in model.named_parameters()})
+        tokens, positions, labels = batch()
+        got_loss = model(tokens, positions, None, labels=labels).mean()
+        got_loss.backward()
+        shared = {n: p for n, p in model.named_parameters() if "experts" not in n and "router" not in n}
+        got = {n: unshard(n, p, p.grad) for n, p in shared.items() if p.grad is not None}
+    errors = relative_errors(got, {n: gradients[n] for n in shared})
+    return {"loss": float((got_loss.detach() - loss).abs() / loss), **errors}
 
 
 @case

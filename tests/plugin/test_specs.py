@@ -21,6 +21,7 @@ from sparsek_megatron import (
     SparseKConfig,
     SparseKCoreAttention,
     SparseKSelfAttention,
+    compat,
     environment,
     get_sparsek_block_spec,
     get_sparsek_layer_spec,
@@ -196,6 +197,16 @@ def test_multi_token_prediction_follows_the_last_layer() -> None:
         assert isinstance(inner.self_attention, SparseKSelfAttention) == sparse
         loss_of(model).backward()
         assert all(p.grad is not None for p in inner.parameters())
+
+
+def test_a_pattern_in_a_single_spec_is_refused_where_prediction_layers_cannot_be_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "mtp_layers_numbered_from_one", lambda: True)
+    config = tiny_config(mtp_num_layers=1)
+    spec = get_sparsek_layer_spec(config, sparsek=SparseKConfig(topk=4, window=4, dense_layers=(0,)))
+    with pytest.raises(NotImplementedError, match=r"--mtp-num-layers.*get_sparsek_block_spec"):
+        build_gpt(config, spec)
 
 
 def test_the_te_spec_gives_the_scorer_its_own_norm_and_equals_the_dense_te_model(

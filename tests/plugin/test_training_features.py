@@ -64,6 +64,13 @@ def test_half_precision_follows_single_precision(dtype: torch.dtype) -> None:
         assert cosine > 0.8, (key, float(cosine))
 
 
+def test_a_single_precision_residual_keeps_half_precision_layers() -> None:
+    weights, loss, got = train_once(params_dtype=torch.bfloat16, bf16=True, fp32_residual_connection=True)
+    _, wanted_loss, _ = train_once(weights)
+    assert abs(float(loss - wanted_loss)) < 0.02
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in got.values())
+
+
 def test_deterministic_mode_repeats_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     weights, loss, wanted = train_once(deterministic_mode=True)
