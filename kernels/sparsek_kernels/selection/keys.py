@@ -55,20 +55,23 @@ def merge_best(out_ptr, a_ptr, b_ptr, LOG_A: tl.constexpr, LOG_B: tl.constexpr):
     """out = the 2^LOG_A largest keys of two descending lists of 2^LOG_A and 2^LOG_B keys, descending. out may be b.
 
     The place of b[j] is j plus the number of keys of a before it, a binary search; what places remain belong to the
-    keys of a in order. Measured alternatives: a bitonic merge network, and binary searches from both sides.
+    keys of a in order. out starts as a copy of a, so a place that b took is one that differs from a. Reading all of a
+    first also brings it into L1 for the search.
     """
     lane_a = tl.arange(0, 1 << LOG_A)
     lane_b = tl.arange(0, 1 << LOG_B)
+    key_a = tl.load(a_ptr + lane_a)
     key_b = tl.load(b_ptr + lane_b)
-    place_b = lane_b + count_above(a_ptr, key_b, LOG_A, True)
     tl.debug_barrier()
-    tl.store(out_ptr + lane_a, tl.full([1 << LOG_A], EMPTY, tl.int64))
+    tl.store(out_ptr + lane_a, key_a)
+    place_b = lane_b + count_above(a_ptr, key_b, LOG_A, True)
     tl.debug_barrier()
     tl.store(out_ptr + place_b, key_b, mask=place_b < (1 << LOG_A))
     tl.debug_barrier()
     key = tl.load(out_ptr + lane_a)
-    source = lane_a - tl.cumsum((key != EMPTY).to(tl.int32), 0)
-    tl.store(out_ptr + lane_a, tl.load(a_ptr + source, mask=key == EMPTY, other=EMPTY), mask=key == EMPTY)
+    free = key == key_a
+    source = lane_a - tl.cumsum((key != key_a).to(tl.int32), 0)
+    tl.store(out_ptr + lane_a, tl.load(a_ptr + source, mask=free, other=EMPTY), mask=free)
     tl.debug_barrier()
 
 

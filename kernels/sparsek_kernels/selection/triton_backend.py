@@ -46,10 +46,10 @@ def make_plan(candidates: int, slots: int, rows: int, pool: int) -> Plan:
     lists = max(1, candidates // block)
     return Plan(
         block=block,
-        group=lists if lists <= 24 else max(8, isqrt(lists)),
+        group=max(4, isqrt(lists)),
         slots=min(256, triton.next_power_of_2(max(1, rows * slots // (132 * 16)))),
-        sort_warps=max(1, block // 512),
-        scan_warps=min(max(size // 128, 4), 16),
+        sort_warps=max(1, block // 512) if rows * lists > 132 * 8 else max(1, block // 128),
+        scan_warps=min(max(size // 256, 4), 16),
         walk_warps=max(1, block // 512),
         walk_registers=128,
     )
