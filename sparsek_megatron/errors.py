@@ -5,7 +5,6 @@ import contextlib
 import errno
 import os
 import sys
-import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -27,7 +26,7 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """A `UserError` that the other processes of a run may not see: a file or a disk of this rank's own."""
+    """A `UserError` that this rank, whichever it is, tells for the whole run."""
 
 
 def describe_os_error(err: OSError, fallback: str = "the output") -> str | None:
@@ -39,28 +38,24 @@ def describe_os_error(err: OSError, fallback: str = "the output") -> str | None:
 
 
 @contextlib.contextmanager
-def report_user_errors(output: str = "the output") -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Turn a `UserError`, or a full or unwritable disk, into one line on stderr and exit code 2.
 
-    One line for the whole run: what every rank sees, rank 0 says. A `RankError` is said by any rank, by the others
-    only if rank 0, which would end the run, has not spoken within two seconds. Any other exception keeps its
-    traceback: that one is a defect of the program.
+    Under a launcher rank 0 says what every rank sees, and a rank that raises `RankError` speaks for the run. Any
+    other exception keeps its traceback: that one is a defect of the program.
     """
     try:
         yield
     except OSError as err:
-        described = describe_os_error(err, output)
-        if described is None:
+        message = describe_os_error(err)
+        if message is None:
             raise
-        _report(described, everywhere=True)
+        _report(message)
     except UserError as err:
         _report(str(err), everywhere=isinstance(err, RankError))
 
 
-def _report(message: str, *, everywhere: bool) -> NoReturn:
-    first = os.environ.get("RANK", "0") == "0"
-    if everywhere and not first:
-        time.sleep(2)
-    if everywhere or first:
+def _report(message: str, *, everywhere: bool = False) -> NoReturn:
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USAGE)

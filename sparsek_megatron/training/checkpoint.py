@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from sparsek_megatron.errors import RankError, describe_os_error
+from sparsek_megatron.errors import UserError, describe_os_error
 from sparsek_megatron.files import atomic_write, fsync_path, publish
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.parallel import Machine
@@ -73,7 +73,7 @@ def save(engine: Any, config: TrainingConfig, machine: Machine, *, step: int, to
         shutil.rmtree(partial, ignore_errors=True)
         good = latest_step(root)
         kept = f"the checkpoint of step {good} is intact" if good is not None else "there is no earlier checkpoint"
-        raise RankError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
+        raise UserError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
     dist.barrier()
     return final
 
@@ -128,7 +128,7 @@ def _readable(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as err:
-        raise RankError(
+        raise UserError(
             f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:160]}); "
             f"write the name of an older one into {folder / LATEST}"
         ) from err

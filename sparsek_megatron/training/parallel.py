@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from sparsek_megatron.errors import EXIT_USAGE, UserError
+from sparsek_megatron.errors import EXIT_USAGE, RankError, UserError, describe_os_error
 from sparsek_megatron.training.arguments import TrainingConfig
 
 _REPORTED = "user_error_reported"
@@ -68,7 +68,7 @@ def initialize(config: TrainingConfig) -> Machine:
     if "MASTER_PORT" in os.environ:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     else:
-        store, rank, world_size = distributed_c10d.HashStore(), 0, 1  # pyright: ignore[reportAttributeAccessIssue]
+        store, rank, world_size = dist.HashStore(), 0, 1  # pyright: ignore[reportPrivateImportUsage]
     # A name of its own each time: a process that starts over must not read what its last groups left in the store.
     groups = distributed_c10d.PrefixStore(f"groups_{next(_starts)}", store)
     device_id = device if on_gpu else None
@@ -86,14 +86,22 @@ def initialize(config: TrainingConfig) -> Machine:
 
 @contextlib.contextmanager
 def end_together(machine: Machine) -> Iterator[None]:
-    """Where one rank ends with a `UserError`, end the others quietly: the broken connections that they see next are
-    no news.
+    """Where a rank ends with what the user can fix, let the first one say it and end the others quietly.
+
+    The others may have met the same error, or only the broken connections that it left.
+
+    Raises:
+        RankError: on the first rank, whichever error of the user's it met.
     """
     try:
         yield
-    except UserError:
-        machine.store.set(_REPORTED, "yes")
-        raise
+    except (UserError, OSError) as err:
+        message = describe_os_error(err) if isinstance(err, OSError) else str(err)
+        if message is None:
+            raise
+        if machine.store.add(_REPORTED, 1) > 1:
+            sys.exit(EXIT_USAGE)
+        raise RankError(message) from err
     except RuntimeError:
         if machine.world_size > 1 and machine.store.check([_REPORTED]):
             sys.exit(EXIT_USAGE)
