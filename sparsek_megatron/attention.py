@@ -23,6 +23,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.torch_norm import L2Norm
 from sparsek_kernels import sparsek_attention
 from torch import Tensor
 
@@ -149,6 +150,8 @@ class SparseKCoreAttention(MegatronModule):
 
 def complete_submodules(submodules: Any, config: TransformerConfig, *, fused_input_norm: bool) -> Any:
     """Self attention submodules of a spec made before the configuration, with the slots that depend on it."""
+    if config.qk_l2_norm:
+        return dataclasses.replace(submodules, q_layernorm=L2Norm, k_layernorm=L2Norm)
     if not config.qk_layernorm:
         return submodules
     norm = compat.transformer_engine_norm() if fused_input_norm else QKNorm
@@ -270,8 +273,8 @@ class SparseKSelfAttention(SelfAttention):
         if looked_at and overflowing > settings.overflow_warning * looked_at:
             warnings.warn(
                 f"layer {self.layer_number}: the pool of {settings.pool} overflows at {overflowing} of "
-                f"{looked_at} "
-                "refresh points (scores are too close together): raise SparseKConfig.pool or score_spread",
+                f"{looked_at} refresh points (scores are too close together): raise SparseKConfig.pool or "
+                "score_spread",
                 stacklevel=2,
             )
 

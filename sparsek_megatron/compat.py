@@ -30,8 +30,8 @@ def require_supported_mcore() -> None:
     found = version_tuple(MCORE_VERSION)
     if not MINIMUM_MCORE <= found < FIRST_UNSUPPORTED_MCORE:
         raise ImportError(
-            f"megatron-core {MCORE_VERSION} is not supported: install megatron-core>=0.16.1,<0.20 "
-            "(0.16.1 is the newest for Python 3.11, 0.19 needs Python 3.12)"
+            f"megatron-core {MCORE_VERSION} is not supported: install megatron-core>=0.16.1,<0.20 (0.16.1 "
+            "is the newest for Python 3.11, 0.19 needs Python 3.12)"
         )
 
 
@@ -73,17 +73,13 @@ def replace_stock_torch_norm(norm: type) -> None:
 
 
 def attention_backend_overwrites(config: Any) -> bool:
-    """Whether `config.attention_backend` makes megatron-core replace a spec's core attention (0.19,
-    "local").
-    """
+    """Whether `config.attention_backend` ("local", from 0.17) makes megatron-core replace a core attention."""
     backend = getattr(getattr(config, "attention_backend", None), "name", None)
     return backend == "local" and version_tuple(MCORE_VERSION) >= (0, 17, 0)
 
 
 def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | None) -> list[int]:
-    """Global indices (from 0) of the decoder layers that this pipeline stage builds, for any pipeline
-    layout.
-    """
+    """Global indices (from 0) of the decoder layers that this pipeline stage builds, for any layout."""
     if config.pipeline_model_parallel_layout is not None:
         return config.pipeline_model_parallel_layout.get_layer_id_list(
             layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
@@ -110,16 +106,14 @@ def stock_hybrid_stack_spec() -> Any:
         )
     except ModuleNotFoundError:
         raise NotImplementedError(
-            f"megatron-core {MCORE_VERSION} has no HybridModel: use GPTModel with get_sparsek_layer_spec, or "
-            "megatron-core 0.19"
+            f"megatron-core {MCORE_VERSION} has no HybridModel: use GPTModel with get_sparsek_layer_spec, "
+            "or megatron-core 0.19"
         ) from None
     return hybrid_stack_spec
 
 
 def mtp_layers_numbered_from_one() -> bool:
-    """Whether multi-token prediction layers get layer numbers 1, 2, ... instead of ones past the
-    decoder's.
-    """
+    """Whether multi-token prediction layers get layer numbers 1, 2, ... and not ones past the decoder's."""
     return version_tuple(MCORE_VERSION) >= (0, 17, 0)
 
 

@@ -129,6 +129,6 @@ class SparseKConfig:
             )
         if self.pool == self.topk and not self.hard_selection:
             raise ValueError(
-                f"pool={self.pool} equals topk: every gate would be 1 and the scorer would not train; "
-                "use pool > topk, or hard_selection=True if that is wanted"
+                f"pool={self.pool} equals topk: every gate would be 1 and the scorer would not train; use "
+                "pool > topk, or hard_selection=True if that is wanted"
             )

@@ -12,8 +12,7 @@ from torch import Tensor
 def pool_overflow(
     scores: Tensor, *, topk: int, window: int, stride: int, pool: int, samples: int = 8
 ) -> tuple[int, int]:
-    """(refresh points where the pool overflows, refresh points looked at), over all rows of `scores` [b, s,
-    n].
+    """(refresh points where the pool overflows, refresh points looked at), over all rows of scores [b, s, n].
 
     Looks at up to `samples` evenly spaced refresh points of each row, the last among them. The pool
     overflows at a refresh point where the (pool + 1)-th best candidate lies above the threshold of the best

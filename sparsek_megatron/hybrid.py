@@ -43,8 +43,8 @@ def get_sparsek_hybrid_stack_spec(
     refuse.check_model_config(config)
     if not compat.have_transformer_engine():
         raise ValueError(
-            "megatron-core's hybrid stack needs Transformer Engine, which is not installed: use GPTModel with "
-            "get_sparsek_layer_spec"
+            "megatron-core's hybrid stack needs Transformer Engine, which is not installed: use GPTModel "
+            "with get_sparsek_layer_spec"
         )
     sparsek = sparsek or settings_from_environment()[0]
     dense_indices(sparsek, config.num_layers)

@@ -68,9 +68,8 @@ class PatternedSelfAttention:
         if has_pattern(sparsek) and config.mtp_num_layers and compat.mtp_layers_numbered_from_one():
             raise NotImplementedError(
                 f"dense_layers={sparsek.dense_layers}, dense_every={sparsek.dense_every} with "
-                "--mtp-num-layers: a "
-                "single layer spec cannot tell those layers apart on this megatron-core; use "
-                "get_sparsek_block_spec"
+                "--mtp-num-layers: a single layer spec cannot tell those layers apart on this "
+                "megatron-core; use get_sparsek_block_spec"
             )
         dense_layers = dense_indices(sparsek, config.num_layers)
         if dense_layers:

@@ -46,14 +46,12 @@ def check_model_config(config: TransformerConfig) -> None:
         (
             getattr(config, "experimental_attention_variant", None) is not None,
             f"--experimental-attention-variant {getattr(config, 'experimental_attention_variant', None)}: "
-            "it replaces "
-            "the core attention; leave it out",
+            "it replaces the core attention; leave it out",
         ),
         (
             config.flash_decode,
             "--flash-decode: it bypasses core attention and would decode densely; leave it out and "
-            "generate with "
-            "sparsek_kernels.SparseKCache",
+            "generate with sparsek_kernels.SparseKCache",
         ),
         (
             getattr(config, "window_size", None) is not None,
@@ -63,8 +61,7 @@ def check_model_config(config: TransformerConfig) -> None:
         (
             bool(config.fp8_dot_product_attention or config.fp8_multi_head_attention),
             "--fp8-dot-product-attention / --fp8-multi-head-attention: SparseK attention runs in bf16, "
-            "fp16 or fp32; "
-            "leave it out (FP8 linear layers keep working)",
+            "fp16 or fp32; leave it out (FP8 linear layers keep working)",
         ),
         (
             config.normalization not in ("RMSNorm", "LayerNorm"),
@@ -73,14 +70,12 @@ def check_model_config(config: TransformerConfig) -> None:
         (
             config.context_parallel_size > 1,
             f"--context-parallel-size {config.context_parallel_size}: not supported by this release; use "
-            "tensor and "
-            "sequence parallelism, whose cost per query is flat in the sequence length",
+            "tensor and sequence parallelism, whose cost per query is flat in the sequence length",
         ),
         (
             compat.attention_backend_overwrites(config),
-            "--attention-backend local: megatron-core 0.19 then overwrites the core attention of any spec "
-            "with dense "
-            "attention; use --attention-backend auto",
+            "--attention-backend local: megatron-core 0.19 then overwrites the core attention of any "
+            "spec with dense attention; use --attention-backend auto",
         ),
     )
     for refused, message in refusals:
@@ -97,32 +92,29 @@ def check_training_arguments(args: object) -> None:
     if getattr(args, "reset_attention_mask", False) and not getattr(args, "sft", False):
         raise NotImplementedError(
             "--reset-attention-mask: the mask does not reach SparseK attention and documents would see "
-            "each other; "
-            "leave it out, or pass document boundaries as packed_seq_params (cu_seqlens)"
+            "each other; leave it out, or pass document boundaries as packed_seq_params (cu_seqlens)"
         )
     tp = getattr(args, "tensor_model_parallel_size", 1)
     if getattr(args, "sequence_parallel", False) and getattr(args, "seq_length", tp) % tp:
         raise ValueError(
             f"--seq-length {getattr(args, 'seq_length', None)} is not a multiple of "
-            f"--tensor-model-parallel-size {tp}, "
-            "which --sequence-parallel needs: pad the length or leave --sequence-parallel out"
+            f"--tensor-model-parallel-size {tp}, which --sequence-parallel needs: pad the length or leave "
+            "--sequence-parallel out"
         )
     if getattr(args, "use_torch_fsdp2", False):
         raise NotImplementedError(
-            "--use-torch-fsdp2: not supported; use --use-distributed-optimizer, or DeepSpeed ZeRO through "
-            "examples/pretrain_gpt.py"
+            "--use-torch-fsdp2: not supported; use --use-distributed-optimizer, or DeepSpeed ZeRO "
+            "through examples/pretrain_gpt.py"
         )
     if getattr(args, "use_megatron_fsdp", False):
         raise NotImplementedError(
-            "--use-megatron-fsdp: not supported; use --use-distributed-optimizer, or DeepSpeed ZeRO through "
-            "examples/pretrain_gpt.py"
+            "--use-megatron-fsdp: not supported; use --use-distributed-optimizer, or DeepSpeed ZeRO "
+            "through examples/pretrain_gpt.py"
         )
 
 
 def check_running_script() -> None:
-    """`check_training_arguments` on Megatron-LM's arguments, where its training package is running this
-    process.
-    """
+    """`check_training_arguments` on Megatron-LM's parsed arguments, where its script runs this process."""
     global_vars = sys.modules.get("megatron.training.global_vars")
     arguments = getattr(global_vars, "_GLOBAL_ARGS", None)
     if arguments is not None:
@@ -161,9 +153,8 @@ def check_attention_mask(mask: Tensor | None) -> None:
     if rows != columns or not bool((masked_out == causal).all()):
         raise NotImplementedError(
             f"attention_mask {tuple(mask.shape)} is not plain causal, and SparseK attention would not "
-            "apply it: use "
-            "--no-create-attention-mask-in-dataloader, and packed_seq_params (cu_seqlens) for document "
-            "boundaries"
+            "apply it: use --no-create-attention-mask-in-dataloader, and packed_seq_params (cu_seqlens) "
+            "for document boundaries"
         )
     _last_causal_mask = (weakref.ref(mask), mask._version)
 
@@ -173,6 +164,6 @@ def check_inference(inference_context: object | None) -> None:
     if inference_context is not None:
         raise NotImplementedError(
             "inference_context: megatron-core's static and dynamic batching run dense attention over a "
-            "growing cache; "
-            "generate with sparsek_kernels.SparseKCache, or call the model without an inference context"
+            "growing cache; generate with sparsek_kernels.SparseKCache, or call the model without an "
+            "inference context"
         )

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scoring network: one fp32 score per token and KV head, laid out over tensor-parallel ranks like the KV
-heads.
+"""The scoring network: one fp32 score per token and KV head, laid out over ranks like the KV heads.
 
     u_j = x_j . w_score + slope * pos_j / L_ref        (x_j: normalised hidden state of token j)
 
-Legend: s sequence length, b batch, h hidden size, n = num_query_groups (KV heads), tp =
-tensor_model_parallel_size.
+Legend: s sequence length, b batch, h hidden size, m width of the "mlp" scorer, n = num_query_groups (KV heads),
+tp = tensor_model_parallel_size.
 
 The weights are replicated over tensor-parallel ranks. Under sequence parallelism a rank holds s / tp tokens,
 scores them for all n KV heads, and the scores (n / h of the bytes of x) change layout from sequence-sharded
@@ -18,6 +17,8 @@ left to reduce.
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +50,7 @@ class ScoringNetwork(MegatronModule):
 
     weight            [h, n], or [m, n] behind `hidden_weight` [h, m] for the "mlp" scorer; initialised so
                       that the scores of a normalised input have standard deviation `sparsek.score_spread`
-    slope             [n], starts at 0 (zero at construction and no weight decay); absent without
-                      `position_slope`
+    slope             [n], starts at 0, outside weight decay; absent without `position_slope`
     reference_length  L_ref, int64 scalar buffer: saved with the model, and the saved value wins on load
     norm              the scorer's own norm, where `own_norm`
 
@@ -92,9 +92,7 @@ class ScoringNetwork(MegatronModule):
             parameter.sparsek_scorer = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def reset_parameters(self) -> None:
-        """Initialise in place, from torch's default generator, whose state is the same on all
-        tensor-parallel ranks.
-        """
+        """Initialise in place from torch's default generator, which is in step on all tensor-parallel ranks."""
         self.reference_length.fill_(reference_length(self.config, self.sparsek))
         if self.slope is not None:
             torch.nn.init.zeros_(self.slope)
@@ -105,6 +103,19 @@ class ScoringNetwork(MegatronModule):
             torch.nn.init.normal_(self.hidden_weight, std=1 / math.sqrt(self.config.hidden_size))
             spread = spread / SILU_STD
         torch.nn.init.normal_(self.weight, std=spread / math.sqrt(self.weight.shape[0]))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load, and say so where the saved model has another L_ref than this configuration."""
+        saved = state_dict.get(f"{prefix}reference_length")
+        if saved is not None and int(saved) != int(self.reference_length):
+            warnings.warn(
+                f"reference_length={int(self.reference_length)} in the configuration, {int(saved)} in the "
+                "checkpoint: the checkpoint's is kept, since the slopes were trained with it",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _summed_in_backward(self, weight: Tensor) -> Tensor:
         """Identity whose gradient is summed over the tensor-parallel group."""

@@ -15,6 +15,7 @@ Settings that are None come from the environment (`sparsek_megatron.environment`
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
@@ -31,12 +32,13 @@ from sparsek_megatron.layer_pattern import PatternedSelfAttention, dense_indices
 from sparsek_megatron.norm import Norm, QKNorm
 
 IMPLEMENTATIONS = ("local", "transformer_engine")
+# Arguments of the stock spec functions whose field in the configuration has another name.
+CONFIG_FIELDS = {"num_experts": "num_moe_experts", "use_te_op_fuser": "use_transformer_engine_op_fuser"}
 LAYER_NORMS = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
 
 
 def resolve_implementation(implementation: str | None, config: TransformerConfig | None = None) -> str:
-    """The argument, else the config's transformer_impl, else TE where installed: "local" or
-    "transformer_engine".
+    """ "local" or "transformer_engine": the argument, else the config's transformer_impl, else TE if installed.
 
     A config's "transformer_engine" (megatron-core's default) means "local" where TE is not installed.
     Raises ValueError for another name, and where Transformer Engine is asked for by argument and missing.
@@ -128,10 +130,17 @@ def to_sparsek(
     return dataclasses.replace(layer, submodules=dataclasses.replace(submodules, self_attention=attention))
 
 
-def _stock_layer(local: bool, normalization: str, **keywords: Any) -> Any:
+def _stock_layer(config: TransformerConfig | None, *, local: bool, **keywords: Any) -> Any:
+    """The stock layer spec, with every argument it takes filled from `config` unless given."""
+    stock: Any = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
     if local:
-        return gpt_layer_specs.get_gpt_layer_local_spec(normalization=normalization, **keywords)
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**keywords)
+        stock = gpt_layer_specs.get_gpt_layer_local_spec
+    accepted = inspect.signature(stock).parameters
+    for name in accepted.keys() - keywords.keys() - {"fp8"}:  # fp8 is deprecated there and warns
+        field = CONFIG_FIELDS.get(name, name)
+        if hasattr(config, field):
+            keywords[name] = getattr(config, field)
+    return stock(**keywords)
 
 
 def get_sparsek_layer_spec(
@@ -155,18 +164,13 @@ def get_sparsek_layer_spec(
     Raises NotImplementedError for a configuration that SparseK attention does not support, naming the flag.
     """
     local = resolve_implementation(transformer_impl, config) == "local"
-    keywords: dict[str, Any] = {"normalization": "LayerNorm"}
     if config is not None:
         refuse.check_model_config(config)
         sparsek = sparsek or settings_from_environment()[0]
         dense_indices(sparsek, config.num_layers)
-        names = {"num_experts": "num_moe_experts", "moe_grouped_gemm": "moe_grouped_gemm"}
-        names |= {"qk_layernorm": "qk_layernorm", "normalization": "normalization"}
-        keywords = {keyword: getattr(config, name) for keyword, name in names.items()}
-    keywords.update(stock)
     if local:
         compat.replace_stock_torch_norm(Norm)
-    layer = _stock_layer(local, **keywords)
+    layer = _stock_layer(config, local=local, **stock)
     return to_sparsek(
         layer, sparsek, local=local, before_config=config is None and "num_experts" not in stock
     )
@@ -180,8 +184,7 @@ def get_sparsek_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specs of this pipeline stage's layers and of the final norm, for
-    `GPTModel(transformer_layer_spec=...)`.
+    """Specs of this pipeline stage's layers and of the final norm, for GPTModel's `transformer_layer_spec`.
 
     As `get_sparsek_layer_spec`, with the MoE pattern of `config.moe_layer_freq`; the local backend has
     `sparsek_megatron.Norm` in every norm slot. pp_rank None means this rank's.
@@ -193,6 +196,7 @@ def get_sparsek_block_spec(
         config,
         use_transformer_engine=not local,
         normalization=config.normalization,
+        qk_l2_norm=getattr(config, "qk_l2_norm", False),
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
@@ -209,13 +213,13 @@ def get_sparsek_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def sparsek_spec(*args: Any, vp_stage: int | None = None, **_unused: Any) -> TransformerBlockSubmodules:
+def sparsek_spec(*args: Any, vp_stage: int | None = None, **keywords: Any) -> TransformerBlockSubmodules:
     """Block spec for loaders that call what `--spec` names.
 
     Accepts `(config)`, `(config, vp_stage)` and `(args, config, vp_stage)`, positionally or by keyword: the
     conventions of Megatron-LM with megatron-core 0.19 and of slime. Settings come from the environment.
     """
-    found = [arg for arg in (*args, *_unused.values()) if isinstance(arg, TransformerConfig)]
+    found = [arg for arg in (*args, *keywords.values()) if isinstance(arg, TransformerConfig)]
     if not found:
         raise ValueError(
             "sparsek_spec: no TransformerConfig among the arguments; call sparsek_spec(config, vp_stage)"

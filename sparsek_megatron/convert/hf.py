@@ -161,9 +161,8 @@ def _copy_shard(name: str, parameter: torch.nn.Parameter, whole: Tensor, tp: int
         whole = torch.cat([part.chunk(tp, dimension)[rank] for part in parts], dimension)
     if whole.shape != parameter.shape:
         raise ValueError(
-            f"{name} is {tuple(parameter.shape)} in the model and {tuple(whole.shape)} in the Hugging Face "
-            "checkpoint; "
-            "build the model from import_config"
+            f"{name} is {tuple(parameter.shape)} in the model and {tuple(whole.shape)} in the Hugging "
+            "Face checkpoint; build the model from import_config"
         )
     parameter.copy_(whole)
 

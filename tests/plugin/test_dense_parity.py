@@ -37,16 +37,20 @@ def run(
         {},
         {"normalization": "LayerNorm", "add_bias_linear": True, "add_qkv_bias": True},
         {"qk_layernorm": True, "layernorm_epsilon": 1e-6},
+        {"qk_l2_norm": True},
         {"attention_output_gate": True},
         {"softmax_scale": 0.2, "num_query_groups": 4},
         {"num_moe_experts": 2, "moe_layer_freq": [0, 1], "moe_router_load_balancing_type": "none"},
     ],
-    ids=["rmsnorm", "layernorm-bias", "qk-norm", "output-gate", "softmax-scale-mha", "moe"],
+    ids=["rmsnorm", "layernorm-bias", "qk-norm", "qk-l2-norm", "output-gate", "softmax-scale-mha", "moe"],
 )
 def test_loss_and_every_gradient_equal_the_stock_dense_model(changes: dict[str, Any], gate: str) -> None:
     config = tiny_config(params_dtype=torch.float64, **changes)
     stock = gpt_layer_specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
     )
     dense = build_gpt(config, stock).double()
     sparse = build_gpt(config, get_sparsek_block_spec(config, sparsek=SparseKConfig(gate=gate, **COVERING)))

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from sparsek_megatron import (
@@ -100,6 +101,8 @@ def test_the_object_fills_qk_norms_from_the_configuration_and_refuses_experts(se
     assert kinds(model) == [False, True]
     for layer in model.decoder.layers:
         assert isinstance(layer.self_attention.q_layernorm, QKNorm)
+    l2 = build_gpt(tiny_config(qk_l2_norm=True), spec)
+    assert all(isinstance(layer.self_attention.k_layernorm, L2Norm) for layer in l2.decoder.layers)
     with pytest.raises(NotImplementedError, match=r"--num-experts 2.*sparsek_spec"):
         build_gpt(tiny_config(num_moe_experts=2), spec)
 
