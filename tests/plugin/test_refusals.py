@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from typing import Any
@@ -177,3 +178,10 @@ def test_unsupported_versions_of_megatron_core_are_refused(monkeypatch: pytest.M
     for version in ("0.16.1", "0.17.0rc1", "0.19.2"):
         monkeypatch.setattr(compat, "MCORE_VERSION", version)
         compat.require_supported_mcore()
+
+
+def test_the_suite_runs_against_the_version_it_was_asked_for() -> None:
+    """CI puts a second megatron-core on PYTHONPATH and names it here, so that a wrong path cannot pass unseen."""
+    expected = os.environ.get("EXPECTED_MCORE_VERSION", compat.MCORE_VERSION)
+    assert expected == compat.MCORE_VERSION
+    compat.require_supported_mcore()
