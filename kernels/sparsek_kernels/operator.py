@@ -16,7 +16,7 @@ from .operator_kernel import MAX_ROW, gates_triton
 from .selection.threshold import solve_sorted
 
 
-def _threshold(rows: torch.Tensor, k: int) -> torch.Tensor:
+def _threshold(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """tau relative to z_(k), and z_(k): [m, n] float -> ([m, 1], [m, 1]) float64, for 1 <= k < n."""
     z = rows.double().sort(dim=-1, descending=True).values
     kth = z[:, k - 1 : k]

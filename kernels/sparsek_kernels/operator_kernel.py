@@ -58,7 +58,9 @@ def gates(z_ptr, p_ptr, fractional_ptr, n, k, row_stride, CHUNK: tl.constexpr):
             smallest = tl.full([CHUNK], float("inf"), tl.float32)
             largest = tl.full([CHUNK], float("-inf"), tl.float32)
             for first in range(0, n, CHUNK):
-                score = tl.load(z_ptr + first + lane, mask=first + lane < n, other=float("-inf")).to(tl.float32)
+                score = tl.load(z_ptr + first + lane, mask=first + lane < n, other=float("-inf")).to(
+                    tl.float32
+                )
                 above = score.to(tl.float64) - tau > 0.0
                 smallest = tl.where(above, tl.minimum(smallest, score), smallest)
                 largest = tl.where(above, largest, tl.maximum(largest, score))

@@ -43,7 +43,10 @@ def by_autograd(selection, pools, extended, weights):
                 chosen = members[: selection.topk]
                 weight = weights[row, i, head, : len(chosen)]
                 loss = loss + (gates * weight).sum()
-                start, end = selection.fraction_start[row, head, chosen], selection.fraction_end[row, head, chosen]
+                start, end = (
+                    selection.fraction_start[row, head, chosen],
+                    selection.fraction_end[row, head, chosen],
+                )
                 inside = (start <= r) & (r < end)
                 key_sum[row, head].index_add_(0, chosen, weight * inside)
                 query_sum[row, head, i] = (weight * inside).sum()
@@ -106,6 +109,8 @@ def test_packed_and_carried(backend):
     selection = select(scores[:, 33:], state=state, backend="torch", **kw)
     extended = torch.cat([state.pool_scores.mT, state.recent_scores.mT, scores[:, 33:]], 1)
     pools = pool_indices(scores[:, 33:], state=state, **kw)
-    key_sum, query_sum, expected = by_autograd(selection, pools, extended.nan_to_num(neginf=-1e9), weights[:, 33:])
+    key_sum, query_sum, expected = by_autograd(
+        selection, pools, extended.nan_to_num(neginf=-1e9), weights[:, 33:]
+    )
     gradient = gradient_of(selection, key_sum, query_sum, backend)
     torch.testing.assert_close(gradient.double(), expected, atol=5e-6, rtol=1e-5)

@@ -14,7 +14,9 @@ TINY = Plan(block=16, group=2, slots=5, sort_warps=1, scan_warps=1, walk_warps=1
 def assert_same(scores, *, device="cpu", **kw):
     """Both backends on the same arguments; returns the kernels' selection."""
     expected = select(scores, backend="torch", **kw)
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kw.items()}
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kw.items()
+    }
     actual = select(scores.to(device), backend="triton", **moved)
     for name in FIELDS:
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
@@ -92,7 +94,9 @@ def gpu_scores(kind: str, n: int, heads: int, scale: float = 1.0) -> torch.Tenso
 @pytest.mark.parametrize("kind", ["normal", "grid", "constant", "rising", "falling", "drifting", "narrow"])
 @pytest.mark.parametrize("stride", [16, 64])
 def test_gpu_shapes_of_scores(kind, stride):
-    assert_same(gpu_scores(kind, 20_011, 2), device="cuda", topk=512, window=512, stride=stride, return_state=True)
+    assert_same(
+        gpu_scores(kind, 20_011, 2), device="cuda", topk=512, window=512, stride=stride, return_state=True
+    )
 
 
 @pytest.mark.gpu
@@ -125,7 +129,9 @@ def test_gpu_packed():
     scores[:, sum(lengths) :] = float("nan")
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     for stride in (16, 64):
-        assert_same(scores, device="cuda", topk=64, window=100, stride=stride, pool=256, cu_seqlens=cu_seqlens)
+        assert_same(
+            scores, device="cuda", topk=64, window=100, stride=stride, pool=256, cu_seqlens=cu_seqlens
+        )
 
 
 @pytest.mark.gpu

@@ -48,7 +48,8 @@ def _check_scores(scores: object) -> torch.Tensor:
 def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: bool) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
-            f"cu_seqlens must be int32 of shape [num_seqs + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            "cu_seqlens must be int32 of shape [num_seqs + 1], "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if scores.shape[0] != 1:
         raise ValueError(f"scores must have batch 1 with cu_seqlens, got batch {scores.shape[0]}")
@@ -56,11 +57,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: boo
         raise ValueError(f"cu_seqlens must be on {scores.device} like scores, got {cu_seqlens.device}")
     if check or not cu_seqlens.is_cuda:
         values = cu_seqlens.tolist()
-        if (
-            values[0] != 0
-            or any(x > y for x, y in pairwise(values))
-            or values[-1] > scores.shape[1]
-        ):
+        if values[0] != 0 or any(x > y for x, y in pairwise(values)) or values[-1] > scores.shape[1]:
             raise ValueError(
                 f"cu_seqlens must start at 0, never decrease and end at or before s = {scores.shape[1]}, got {values}"
             )
@@ -95,7 +92,9 @@ def _check_values(scores: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None
 
 def _use_triton(backend: str, scores: torch.Tensor) -> bool:
     if backend == "triton" and not (scores.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError(f'backend "triton" needs scores on a CUDA device, got {scores.device}; use backend="torch"')
+        raise ValueError(
+            f'backend "triton" needs scores on a CUDA device, got {scores.device}; use backend="torch"'
+        )
     return scores.is_cuda if backend == "auto" else backend == "triton"
 
 
@@ -127,8 +126,8 @@ def select(
     return_state  also compute `Selection.state`.
     hard        pool = topk: all gates 1, no score gradient.
     backend     "triton" (CUDA), "torch" (any device, synchronises), "auto": by the scores' device.
-    check       also refuse non-finite scores and malformed cu_seqlens. Reads device data, hence synchronises; on the CPU
-                cu_seqlens are always checked. Without it non-finite scores select unspecified keys.
+    check       also refuse non-finite scores and malformed cu_seqlens. Reads device data, hence synchronises; on
+                the CPU cu_seqlens are always checked. Without it non-finite scores select unspecified keys.
 
     Raises ValueError for bad arguments and NotImplementedError for `cu_seqlens` together with a state.
     """
@@ -154,7 +153,13 @@ def select(
     geometry = _geometry(scores, size, window, stride, state)
     if _use_triton(backend, scores):
         return select_triton(
-            scores, cu_seqlens, topk=topk, geometry=geometry, hard=hard, state=state, return_state=return_state
+            scores,
+            cu_seqlens,
+            topk=topk,
+            geometry=geometry,
+            hard=hard,
+            state=state,
+            return_state=return_state,
         )
     if cu_seqlens is not None:
         return torch_backend.select_packed(

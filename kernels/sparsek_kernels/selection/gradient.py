@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score gradient of a selection, in time linear in the number of keys.
 
-Each slot r applies the operator's VJP `du_j = G_rj - mean over F_r of G_r` for j in F_r. A key is in F_r for one interval
-of slots, so the means it receives are a difference of prefix sums:
+Each slot r applies the operator's VJP `du_j = G_rj - mean over F_r of G_r` for j in F_r. A key is in F_r for one
+interval of slots, so the means it receives are a difference of prefix sums:
 
     mu_r = sum of G_r over F_r / |F_r|        S_r = mu_0 + ... + mu_(r-1)
     du_j = sum over r of G_rj - (S[fraction_end_j] - S[fraction_start_j])
@@ -56,8 +56,10 @@ def score_gradient(
     key_sum    [b, hkv, E] float32: per key, the sum over queries
     query_sum  [b, hkv, s] float32: per query, the sum over keys
 
-    backend "triton", "torch" or "auto" as in `select`. Returns [b, E, hkv] float32. Sums to zero over the keys of a sequence up to rounding; zero where nothing is
-    fractional. Rows past cu_seqlens[-1] get 0 whatever the inputs hold there.
+    backend    "triton", "torch" or "auto", as in `select`
+
+    Returns [b, E, hkv] float32. It sums to zero over the keys of a sequence up to rounding, and is zero where nothing
+    is fractional. Rows past cu_seqlens[-1] get 0 whatever the inputs hold there.
     """
     if backend == "triton" or (backend == "auto" and key_sum.is_cuda):
         table = None if selection.cu_seqlens is None else slot_offsets(selection.cu_seqlens, selection.stride)

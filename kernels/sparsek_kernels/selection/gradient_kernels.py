@@ -59,7 +59,9 @@ def slot_means(
     for offset in range(0, stride, WIDTH):
         query = (first + offset)[:, None] + lane[None, :]
         inside = live[:, None] & (query >= 0) & (query < last[:, None]) & ((offset + lane)[None, :] < stride)
-        total += tl.sum(tl.load(query_ptr + row * query_stride + query, mask=inside, other=0.0), 1).to(tl.float64)
+        total += tl.sum(tl.load(query_ptr + row * query_stride + query, mask=inside, other=0.0), 1).to(
+            tl.float64
+        )
     size = tl.load(size_ptr + row * num_slots + slot, mask=live, other=0)
     mean = tl.where(size > 0, total / tl.maximum(size, 1).to(tl.float64), 0.0)
     prefix = tl.cumsum(mean, 0)
@@ -96,7 +98,7 @@ def key_gradient(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of keys, rows). out [b, num_keys, heads] = key_sum - (S[end] - S[start]) where start < end, else 0."""
+    """Grid (blocks of keys, rows). out [b, num_keys, heads] = key_sum - (S[end] - S[start]) if start < end, else 0."""
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < num_keys
@@ -105,8 +107,10 @@ def key_gradient(
     live = start < end
     prefix_ptr += row * (num_slots + 1)
     total_ptr += row * num_blocks
-    below = tl.load(prefix_ptr + start, mask=live, other=0.0) + tl.load(total_ptr + start // SLOTS, mask=live, other=0.0)
-    above = tl.load(prefix_ptr + end, mask=live, other=0.0) + tl.load(total_ptr + end // SLOTS, mask=live, other=0.0)
+    below = tl.load(prefix_ptr + start, mask=live, other=0.0)
+    below += tl.load(total_ptr + start // SLOTS, mask=live, other=0.0)
+    above = tl.load(prefix_ptr + end, mask=live, other=0.0)
+    above += tl.load(total_ptr + end // SLOTS, mask=live, other=0.0)
     own = tl.load(key_ptr + row * key_stride + j, mask=live, other=0.0).to(tl.float64)
     out = (row // heads) * num_keys * heads + j.to(tl.int64) * heads + row % heads
     tl.store(out_ptr + out, tl.where(live, own - (above - below), 0.0).to(tl.float32), mask=inside)
@@ -115,7 +119,10 @@ def key_gradient(
 def score_gradient_triton(
     selection: Selection, key_sum: torch.Tensor, query_sum: torch.Tensor, slot_table: torch.Tensor | None
 ) -> torch.Tensor:
-    """`score_gradient` by kernels: three launches, no synchronisation. slot_table: slots before each packed sequence."""
+    """`score_gradient` by kernels: three launches, no synchronisation.
+
+    slot_table [num_seqs + 1] int32: slots before each packed sequence; None where unpacked.
+    """
     b, heads, num_keys = key_sum.shape
     rows, length, stride = b * heads, query_sum.shape[-1], selection.stride
     num_slots = selection.threshold.shape[-1]

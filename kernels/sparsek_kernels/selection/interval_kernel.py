@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import find_sequence, make_keys
+from .keys import make_keys
 
 
 @triton.jit

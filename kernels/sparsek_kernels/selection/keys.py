@@ -39,7 +39,7 @@ def key_index(key):
 
 @triton.jit
 def count_above(list_ptr, key, LOG_COUNT: tl.constexpr, OR_EQUAL: tl.constexpr):
-    """How many keys of a descending list of 2^LOG_COUNT keys in memory are greater than `key` (or equal), elementwise."""
+    """How many keys of a descending list of 2^LOG_COUNT keys in memory are greater than (or equal to) each key."""
     below = (key * 0).to(tl.int32)
     for i in tl.static_range(LOG_COUNT):
         probe = tl.load(list_ptr + below + ((1 << (LOG_COUNT - 1 - i)) - 1))

@@ -8,10 +8,10 @@ The candidates of a sequence (tokens that reach the pool in this call) are cut i
     scan_carries   (row)         the same over the groups' totals                                     C
     add_carries    (list, row)   merges C into X
 
-List i of a sequence holds the best SIZE = 2^LOG_SIZE >= pool keys of its blocks 0 ... i (with a state: of the carried pool and
-blocks 0 ... i - 1). "Keep the best SIZE of two sorted lists" is associative, so the order of merging cannot matter.
-Every list is written by one program: no atomics. Each list is merged twice, hence linear work; the chain of dependent
-merges is about 2 sqrt(number of lists).
+List i of a sequence holds the best SIZE = 2^LOG_SIZE >= pool keys of its blocks 0 ... i (with a state: of the carried
+pool and blocks 0 ... i - 1). "Keep the best SIZE of two sorted lists" is associative, so the order of merging cannot
+matter. Every list is written by one program: no atomics. Each list is merged twice, hence linear work; the chain of
+dependent merges is about 2 sqrt(number of lists).
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from .keys import EMPTY, find_sequence, make_keys, merge_best
 
 @triton.jit
 def sequence_table(
-    cu_ptr, slot_ptr, tile_ptr, block_ptr, list_ptr, num_seqs, window, stride, tile, BLOCK: tl.constexpr, N: tl.constexpr
+    cu_ptr,
+    slot_ptr,
+    tile_ptr,
+    block_ptr,
+    list_ptr,
+    num_seqs,
+    window,
+    stride,
+    tile,
+    BLOCK: tl.constexpr,
+    N: tl.constexpr,
 ):
     """One program: exclusive prefix sums, over the packed sequences, of slots, list tiles, blocks and lists."""
     slot = tl.zeros([], tl.int32)
@@ -73,7 +83,7 @@ def sort_blocks(
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (blocks, rows). Writes the block's keys, descending, at the block's own token offset in Y [rows, y_stride]."""
+    """Grid (blocks, rows). Writes the block's keys, descending, at the block's place in Y [rows, y_stride]."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     offset = block * 0
@@ -97,7 +107,9 @@ def sort_blocks(
 
 
 @triton.jit
-def _list_source(y_ptr, cu_ptr, list_ptr, num_seqs, flat, PACKED: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr):
+def _list_source(
+    y_ptr, cu_ptr, list_ptr, num_seqs, flat, PACKED: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr
+):
     """Where list `flat` comes from: (Y pointer, index of the list in its sequence)."""
     if PACKED:
         a = find_sequence(list_ptr, num_seqs, flat)
@@ -143,7 +155,9 @@ def scan_groups(
         target = x_ptr + ((row * 0 + flat) << LOG_SIZE)
         if flat < STATE:
             scores = score_ptr + (row // heads) * score_stride_b + (row % heads) * score_stride_h
-            score = tl.load(scores + lane.to(tl.int64) * score_stride_s, mask=lane < pool, other=float("-inf"))
+            score = tl.load(
+                scores + lane.to(tl.int64) * score_stride_s, mask=lane < pool, other=float("-inf")
+            )
             tl.store(target + lane, make_keys(score, lane))
         elif (local == 0) | (flat == first):
             tl.store(target + lane, tl.load(source + lane, mask=lane < (1 << LOG_BLOCK), other=EMPTY))

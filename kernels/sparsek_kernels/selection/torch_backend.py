@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from .geometry import Geometry
-from .threshold import exact_threshold, join, split
+from .threshold import exact_threshold, split
 from .types import Selection, SelectionState, list_tile
 
 EMPTY = -(1 << 63)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import isqrt
 
 import torch
-import triton
 
 from .geometry import Geometry
 from .interval_kernel import intervals
@@ -39,15 +38,20 @@ class Plan:
     walk_registers: int
 
 
+def _power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def make_plan(candidates: int, slots: int, rows: int, pool: int) -> Plan:
     """Shapes for about `candidates` candidates and `slots` slots in each of `rows` rows."""
-    size = triton.next_power_of_2(pool)
+    size = _power_of_2(pool)
     block = min(max(size // 4, 256), 2048)
     lists = max(1, candidates // block)
     return Plan(
         block=block,
         group=max(4, isqrt(lists)),
-        slots=min(256, triton.next_power_of_2(max(1, rows * slots // (132 * 16)))),
+        slots=min(256, _power_of_2(max(1, rows * slots // (132 * 16)))),
         sort_warps=max(1, block // 512) if rows * lists > 132 * 8 else max(1, block // 128),
         scan_warps=min(max(size // 256, 4), 16),
         walk_warps=max(1, block // 512),
@@ -97,7 +101,7 @@ def run_kernels(
         num_slots, num_tiles = geometry.num_slots, geometry.num_tiles
         candidates = geometry.offered(num_slots - 1)
     plan = plan or make_plan(candidates, num_slots, rows, pool)
-    size = max(16, triton.next_power_of_2(pool))
+    size = max(16, _power_of_2(pool))
     log_size = size.bit_length() - 1
     block = plan.block
     if packed:
@@ -124,7 +128,17 @@ def run_kernels(
         table = empty(4, num_seqs + 1, dtype=torch.int32)
         cu, slot_table, tile_table, block_table, list_table = (cu_seqlens, *table.unbind(0))
         sequence_table[(1,)](
-            cu, slot_table, tile_table, block_table, list_table, num_seqs, window, stride, tile, BLOCK=block, N=1024
+            cu,
+            slot_table,
+            tile_table,
+            block_table,
+            list_table,
+            num_seqs,
+            window,
+            stride,
+            tile,
+            BLOCK=block,
+            N=1024,
         )
     else:
         lists = empty(rows, num_tiles, topk, dtype=torch.int32)
@@ -171,7 +185,9 @@ def run_kernels(
         )
         if num_groups > 1:
             scan_carries[(rows,)](x, carries, list_table, num_seqs, num_groups, x_stride, c_stride, **shared)
-            add_carries[(num_lists - plan.group, rows)](x, carries, list_table, num_seqs, x_stride, c_stride, **shared)
+            add_carries[(num_lists - plan.group, rows)](
+                x, carries, list_table, num_seqs, x_stride, c_stride, **shared
+            )
     if num_slots and rows:
         lead = 0 if packed else -geometry.slot_of(0) % plan.slots
         walk[(-(-(num_slots + lead) // plan.slots), rows)](
@@ -206,7 +222,7 @@ def run_kernels(
             lead,
             LOG_SIZE=log_size,
             BLOCK=block,
-            TOPK=max(16, triton.next_power_of_2(topk)),
+            TOPK=max(16, _power_of_2(topk)),
             PACKED=packed,
             STATE=state,
             HARD=hard,
@@ -282,7 +298,11 @@ def _op(
     kept = tuple(getattr(outputs, name).unflatten(0, shape) for name in _FIELDS)
     if not want_pool:
         return (*kept, extended.new_empty(0, dtype=torch.int64), extended.new_empty(0, dtype=torch.float64))
-    return (*kept, last_pool(outputs, geometry).unflatten(0, shape), outputs.tau[:, -1].clone().unflatten(0, shape))
+    return (
+        *kept,
+        last_pool(outputs, geometry).unflatten(0, shape),
+        outputs.tau[:, -1].clone().unflatten(0, shape),
+    )
 
 
 def _fake(extended, cu_seqlens, past, s, topk, window, stride, pool, stateful, hard, want_pool):

@@ -40,8 +40,9 @@ class SelectionState:
     length         tokens consumed so far: the position of the next token
     pool_scores    [b, hkv, pool] fp32, score descending, ties to the lower position; -inf where empty
     pool_index     [b, hkv, pool] int32 absolute positions of the same keys; -1 where empty
-    recent_scores  [b, hkv, window + stride - 1] fp32, scores of positions `length - (window + stride - 1) ... length - 1`
-                   (newest last; -inf before the start): every token that has not been offered to the pool yet is here
+    recent_scores  [b, hkv, window + stride - 1] fp32, scores of positions
+                   `length - (window + stride - 1) ... length - 1` (newest last; -inf before the start):
+                   every token that has not been offered to the pool yet is here
     threshold      [b, hkv] fp64, tau of the last refresh point processed; -inf while the pool holds <= topk
     """
 
@@ -57,7 +58,7 @@ class Selection:
     """Result of `select`: one threshold per refresh point, one eviction per key, one key list per query tile.
 
     threshold      [b, hkv, R] fp32, tau rounded to fp32; -inf while the pool holds <= topk; +inf in unused slots
-    threshold_low  [b, hkv, R] fp32, what the rounding left: tau = threshold + threshold_low in float64 (0 where infinite).
+    threshold_low  [b, hkv, R] fp32, what rounding left: tau = threshold + threshold_low in float64 (0 where infinite)
                    Gates are computed as (u - threshold) - threshold_low, exact where it matters at any score offset.
     evict          [b, hkv, E] int32, a query index of this call; the end of the key's sequence (s unpacked) for "never"
     lists          [b, hkv, NT, topk] int32 key indices in 0 ... E - 1 selected at the refresh point of the first query
@@ -71,8 +72,8 @@ class Selection:
     With `cu_seqlens`, slots and tiles restart at each sequence: the slot of query i of sequence a is
     sum_{a' < a} ceil(len_a' / stride) + (i - start_a) // stride in a capacity of R = s // stride + num_seqs, and list
     tiles follow the same rule with `list_tile` in the place of `stride`.
-    With a state of length P, slot r is the refresh point stride * (P // stride + r), and list tile t the one that starts
-    at position list_tile * (P // list_tile + t); the first list is taken at the refresh point of position P.
+    With a state of length P, slot r is the refresh point stride * (P // stride + r), and list tile t starts at
+    position list_tile * (P // list_tile + t); the first list is taken at the refresh point of position P.
     """
 
     threshold: torch.Tensor

@@ -42,7 +42,9 @@ def _boundary(x_ptr, y_ptr, packed, rank, has_x):
 
 
 @triton.jit
-def _above(x_ptr, ends, sums, origin, origin_integer, bound, limit, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+def _above(
+    x_ptr, ends, sums, origin, origin_integer, bound, limit, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Count and sum of z - origin over the first `limit` keys of X with z - origin > bound (grid units).
 
     ends [CHUNKS] last z of each chunk; sums [CHUNKS] int64 sum of all chunks up to it.
@@ -75,8 +77,10 @@ def _fractional_x(x_ptr, end_scores, tau, limit, has_x, CHUNKS: tl.constexpr, WI
 
 
 @triton.jit
-def _solve(x_ptr, ends, sums, d_y, kth, topk, pool_x, start, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """tau - z_(k) in grid units, rounded down, where F is not empty. d_y: z - z_(k) of the pool's part of Y, else -inf."""
+def _solve(
+    x_ptr, ends, sums, d_y, kth, topk, pool_x, start, has_x, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """tau - z_(k) in grid units, rounded down; F not empty. d_y: z - z_(k) of Y's keys in the pool, or -inf."""
     lo = kth * 0.0 - ONE
     hi = kth * 0.0
     point = tl.where((start > lo) & (start < hi), start, 0.5 * lo)
@@ -88,7 +92,7 @@ def _solve(x_ptr, ends, sums, d_y, kth, topk, pool_x, start, has_x, CHUNKS: tl.c
     step_number = 0
     while step_number < 256:
         low_x, sum_low = _above(x_ptr, ends, sums, kth, kth_integer, point, pool_x, has_x, CHUNKS, WIDTH)
-        # z - 1 >= tau, as a strict comparison of integers with the next float64 below tau + 1 made exact
+        # z - 1 >= tau for integers z, as a strict comparison
         bound = tl.ceil(point) + ONE - 1.0
         high_x, sum_high = _above(x_ptr, ends, sums, kth, kth_integer, bound, pool_x, has_x, CHUNKS, WIDTH)
         positive = d_y > point
@@ -262,7 +266,9 @@ def walk(
                     low = tl.where(high == float("-inf"), 0.0, (tau - high.to(tl.float64)).to(tl.float32))
                     tau = high.to(tl.float64) + low.to(tl.float64)
                     distance = score_y.to(tl.float64) - tau
-                    fractional = tl.sum(((rank <= pool) & (distance > 0.0) & (distance < 1.0)).to(tl.int32), 0)
+                    fractional = tl.sum(
+                        ((rank <= pool) & (distance > 0.0) & (distance < 1.0)).to(tl.int32), 0
+                    )
                     fractional += _fractional_x(x, end_scores, tau, pool - pool_y, has_x, CHUNKS, WIDTH)
                 before = tl.maximum(offered, 0)
                 tl.store(best_ptr + out + r, best)
