@@ -33,6 +33,7 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
     Each process gets its share of the cores in OMP_NUM_THREADS. Exits with the first failing process's code; a
     process that ended with a one-line report of a user's error needs no more said about it.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
@@ -44,6 +45,9 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
+    except SignalException as err:
+        print(f"stopped by {err.sigval.name}; with --load, the same command resumes", file=sys.stderr)
+        sys.exit(128 + err.sigval)
     except ChildFailedError as err:
         codes = {failure.exitcode for failure in err.failures.values()}
         if EXIT_USAGE in codes:

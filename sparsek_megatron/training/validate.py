@@ -35,8 +35,8 @@ def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
     sparsek_config(config)
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     check_data(data_paths(config), tokenizer, config.tokenizer_model)
-    require_writable_folder(Path(config.save), "--save")
     check_resume(config, world_size, tokenizer)
+    require_writable_folder(Path(config.save), "--save")
 
 
 def data_paths(config: TrainingConfig) -> DataPaths:
