@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -39,7 +40,8 @@ def describe_os_error(err: OSError, fallback: str = "the output") -> str | None:
 
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `UserError`, or a full or unwritable disk, into one line on stderr and exit code 2.
+    """Turn a `UserError`, or a full or unwritable disk, into one line on stderr and exit code 2, and end quietly on
+    Ctrl-C.
 
     Under a launcher rank 0 says what every rank sees, and a rank that raises `RankError` speaks for the run. Any
     other exception keeps its traceback: that one is a defect of the program.
@@ -53,6 +55,8 @@ def report_user_errors() -> Iterator[None]:
         _report(message)
     except UserError as err:
         _report(str(err), everywhere=isinstance(err, RankError))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _report(message: str, *, everywhere: bool = False) -> NoReturn:
