@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ def replace_stock_torch_norm(norm: type) -> None:
     """
     if not transformer_block.HAVE_TE:
         transformer_block.LayerNormImpl = norm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def running_script_arguments() -> Any:
+    """Megatron-LM's parsed arguments where one of its scripts runs this process, else None."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
 
 
 def attention_backend_overwrites(config: Any) -> bool:

@@ -7,7 +7,6 @@ trains dense attention, or attention over the wrong tokens.
 
 from __future__ import annotations
 
-import sys
 import weakref
 
 import torch
@@ -115,8 +114,7 @@ def check_training_arguments(args: object) -> None:
 
 def check_running_script() -> None:
     """`check_training_arguments` on Megatron-LM's parsed arguments, where its script runs this process."""
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    arguments = getattr(global_vars, "_GLOBAL_ARGS", None)
+    arguments = compat.running_script_arguments()
     if arguments is not None:
         check_training_arguments(arguments)
 

@@ -30,6 +30,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from sparsek_megatron import compat
 from sparsek_megatron.config import DEFAULT_REFERENCE_LENGTH, SparseKConfig
 from sparsek_megatron.linear_score import linear_score
 from sparsek_megatron.norm import Norm
@@ -39,10 +40,16 @@ SILU_STD = 0.5595
 
 
 def reference_length(config: TransformerConfig, sparsek: SparseKConfig) -> int:
-    """L_ref in tokens: the config's own value, else the model's max_position_embeddings, else 131,072."""
-    if sparsek.reference_length is not None:
-        return sparsek.reference_length
-    return getattr(config, "max_position_embeddings", None) or DEFAULT_REFERENCE_LENGTH
+    """L_ref in tokens: the setting, else max_position_embeddings, else 131,072.
+
+    max_position_embeddings is the model configuration's where it has one, else Megatron-LM's flag of that name.
+    """
+    return (
+        sparsek.reference_length
+        or getattr(config, "max_position_embeddings", None)
+        or getattr(compat.running_script_arguments(), "max_position_embeddings", None)
+        or DEFAULT_REFERENCE_LENGTH
+    )
 
 
 class ScoringNetwork(MegatronModule):

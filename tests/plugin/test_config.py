@@ -22,7 +22,9 @@ def test_pool_defaults_to_four_times_topk_and_the_config_is_frozen() -> None:
         config.topk = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert dataclasses.replace(config, window=7).window == 7
     assert SparseKConfig(topk=8, hard_selection=True).pool == 8
-    assert SparseKConfig(8, 16, 4, 24, "value") == SparseKConfig(topk=8, window=16, stride=4, pool=24, gate="value")
+    assert SparseKConfig(8, 16, 4, 24, "value") == SparseKConfig(
+        topk=8, window=16, stride=4, pool=24, gate="value"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -92,10 +94,16 @@ def test_slope_starts_at_zero_and_the_reference_length_is_saved_with_the_model()
     assert scorer(position_slope=False).slope is None
 
 
-def test_reference_length_follows_the_model_config_and_never_the_sequence() -> None:
+def test_reference_length_follows_max_position_embeddings_and_never_the_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = tiny_config()
     group = parallel_state.get_tensor_model_parallel_group()
     assert ScoringNetwork(config, SparseKConfig(), tp_group=group).reference_length == 131_072
+    running = types.ModuleType("megatron.training.global_vars")
+    running._GLOBAL_ARGS = types.SimpleNamespace(max_position_embeddings=4096)  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", running)
+    assert ScoringNetwork(config, SparseKConfig(), tp_group=group).reference_length == 4096
     config.max_position_embeddings = 2048
     assert ScoringNetwork(config, SparseKConfig(), tp_group=group).reference_length == 2048
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mcore_harness import batch, build_gpt, tiny_config
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 
@@ -25,6 +26,8 @@ def train_once(weights: dict[str, Any] | None = None, **changes: Any) -> tuple[d
     if weights is not None:
         model.load_state_dict(weights)
     tokens, positions, labels = batch()
+    model_parallel_cuda_manual_seed(3)
+    torch.manual_seed(3)
     loss = model(tokens, positions, None, labels=labels).float().mean()
     (LOSS_SCALE * loss).backward()
     return model.state_dict(), loss.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -47,6 +50,15 @@ def test_recompute_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     assert got.keys() == wanted.keys()
     for key in wanted:
         assert torch.equal(got[key], wanted[key]), key
+
+
+@pytest.mark.parametrize("name", RECOMPUTE)
+def test_recompute_repeats_dropout_masks(name: str) -> None:
+    """Hidden dropout around SparseK layers: the recomputed forward draws the same masks."""
+    weights, loss, wanted = train_once(hidden_dropout=0.2)
+    _, again, got = train_once(weights, hidden_dropout=0.2, **RECOMPUTE[name])
+    assert torch.equal(loss, again)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
