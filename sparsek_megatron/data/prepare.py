@@ -109,8 +109,10 @@ def _write(
 ) -> None:
     model = Path(args.tokenizer_model).read_bytes()
     documents = corpus.read_documents(sources, json_key=key)
-    writers = {split: DatasetWriter(prefix, tokenizer) for split, prefix in prefixes.items()}
+    writers: dict[str | None, DatasetWriter] = {}
     try:
+        for split, prefix in prefixes.items():
+            writers[split] = DatasetWriter(prefix, tokenizer)
         for name, ids in encode_documents(documents, model, workers=args.workers, total_bytes=size, label="tokenizing"):
             if args.validation_fraction:
                 writers["valid" if corpus.is_validation(name, args.validation_fraction) else "train"].add(ids)
