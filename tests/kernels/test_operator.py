@@ -140,6 +140,10 @@ def test_empty_rows_and_batches():
     assert sparsek(torch.empty(3, 0), 2).shape == (3, 0)
 
 
+def test_custom_op_is_well_formed():
+    torch.library.opcheck(torch.ops.sparsek.gates.default, (torch.randn(3, 8), 2))
+
+
 def test_compiles_without_graph_breaks():
     compiled = torch.compile(lambda x: sparsek(x, 3).square().sum(), backend="aot_eager", fullgraph=True)
     z = torch.randn(4, 9, requires_grad=True)

@@ -175,6 +175,8 @@ def test_packed_equals_each_sequence_alone(lengths, stride):
     assert packed.threshold.shape[-1] == (total + slack) // stride + len(lengths)
     slot = first_list = 0
     for a, length in enumerate(lengths):
+        if length == 0:
+            continue
         begin = int(bounds[a])
         alone = select(scores[:, begin : begin + length], **kw)
         slots, lists = -(-length // stride), -(-length // tile)
@@ -246,6 +248,7 @@ GOOD = {"topk": 4, "window": 8, "stride": 8, "pool": 12}
     ("scores", "changes", "message"),
     [
         (torch.randn(1, 9, 2).double(), {}, "scores must be a float32 tensor, got torch.float64"),
+        (torch.randn(1, 0, 2), {}, "scores must hold at least one token"),
         (torch.randn(9, 2), {}, r"scores must be \[b, s, num_query_groups\], got shape \(9, 2\)"),
         (torch.randn(1, 9, 2), {"topk": 0}, "topk must be an int >= 1, got 0"),
         (torch.randn(1, 9, 2), {"window": 0}, "window must be an int >= 1, got 0"),

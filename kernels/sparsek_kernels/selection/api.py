@@ -15,6 +15,7 @@ from .triton_backend import select_triton
 from .types import Selection, SelectionState
 
 MAX_KEYS = (1 << 31) - 1
+MAX_ROWS = 65_535  # rows are the second dimension of the kernels' grids
 
 
 def _positive(name: str, value: object) -> int:
@@ -42,6 +43,8 @@ def _check_scores(scores: object) -> torch.Tensor:
         raise ValueError(f"scores must be a float32 tensor, got {kind}; compute scores in float32")
     if scores.dim() != 3:
         raise ValueError(f"scores must be [b, s, num_query_groups], got shape {tuple(scores.shape)}")
+    if scores.numel() == 0:
+        raise ValueError(f"scores must hold at least one token and head, got shape {tuple(scores.shape)}")
     return scores.detach()
 
 
@@ -152,6 +155,11 @@ def select(
         _check_values(scores, cu_seqlens)
     geometry = _geometry(scores, size, window, stride, state)
     if _use_triton(backend, scores):
+        if scores.shape[0] * scores.shape[2] > MAX_ROWS:
+            raise NotImplementedError(
+                f"scores have {scores.shape[0] * scores.shape[2]} rows (batch x heads); "
+                f"the triton backend takes up to {MAX_ROWS}"
+            )
         return select_triton(
             scores,
             cu_seqlens,

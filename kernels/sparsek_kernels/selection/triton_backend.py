@@ -146,7 +146,7 @@ def run_kernels(
     strides = extended.stride()
     y_stride, x_stride, c_stride = y.stride(0), x.stride(0), carries.stride(0)
     base = geometry.candidate_base
-    if num_blocks and rows:
+    if num_blocks:
         sort_blocks[(num_blocks, rows)](
             extended,
             y,
@@ -164,7 +164,7 @@ def run_kernels(
             PACKED=packed,
             num_warps=plan.sort_warps,
         )
-    if num_lists and rows:
+    if num_lists:
         shared = {"GROUP": plan.group, "LOG_SIZE": log_size, "PACKED": packed, "num_warps": plan.scan_warps}
         scan_groups[(num_groups, rows)](
             extended,
@@ -188,7 +188,7 @@ def run_kernels(
             add_carries[(num_lists - plan.group, rows)](
                 x, carries, list_table, num_seqs, x_stride, c_stride, **shared
             )
-    if num_slots and rows:
+    if num_slots:
         lead = 0 if packed else -geometry.slot_of(0) % plan.slots
         walk[(-(-(num_slots + lead) // plan.slots), rows)](
             y,
@@ -229,36 +229,35 @@ def run_kernels(
             num_warps=plan.walk_warps,
             maxnreg=plan.walk_registers,
         )
-    if num_keys and rows:
-        intervals[(-(-num_keys // 512), rows)](
-            extended,
-            best,
-            worst,
-            tau,
-            evict,
-            start,
-            end,
-            cu,
-            slot_table,
-            num_seqs,
-            num_keys,
-            num_slots,
-            pool,
-            geometry.token_base,
-            base,
-            geometry.past,
-            geometry.s,
-            geometry.first_refresh,
-            heads,
-            window,
-            stride,
-            max(num_slots, num_seqs).bit_length(),
-            *strides,
-            BLOCK=512,
-            PACKED=packed,
-            STATE=state,
-            num_warps=4,
-        )
+    intervals[(-(-num_keys // 512), rows)](
+        extended,
+        best,
+        worst,
+        tau,
+        evict,
+        start,
+        end,
+        cu,
+        slot_table,
+        num_seqs,
+        num_keys,
+        num_slots,
+        pool,
+        geometry.token_base,
+        base,
+        geometry.past,
+        geometry.s,
+        geometry.first_refresh,
+        heads,
+        window,
+        stride,
+        max(num_slots, num_seqs).bit_length(),
+        *strides,
+        BLOCK=512,
+        PACKED=packed,
+        STATE=state,
+        num_warps=4,
+    )
     return Outputs(high, low, evict, lists, start, end, count, tau, y, x, plan)
 
 
@@ -365,12 +364,12 @@ def select_triton(
         geometry.pool,
         geometry.stateful,
         hard,
-        return_state and geometry.s > 0,
+        return_state,
     )
     high, low, evict, lists, start, end, size = kept
     after = None
     if return_state:
-        after = state if geometry.s == 0 and state else next_state(extended, pool_keys, tau, geometry, state)
+        after = next_state(extended, pool_keys, tau, geometry, state)
     return Selection(
         threshold=high,
         threshold_low=low,
