@@ -42,11 +42,11 @@ class Prepared:
         return [*model.split(), *data, "--save", str(save)]
 
 
-def environment() -> dict[str, str]:
-    """The environment of a started program: one thread each, no launcher's variables, no GPU."""
+def environment(*, gpu: bool = False) -> dict[str, str]:
+    """The environment of a started program: one thread each, no launcher's variables, and no GPU unless asked."""
     left_out = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def start(script: str, *arguments: str, **options) -> subprocess.Popen:
@@ -64,9 +64,9 @@ def start_code(code: str) -> subprocess.Popen:
     return _start("-c", code)
 
 
-def _start(*command: str, **options) -> subprocess.Popen:
+def _start(*command: str, gpu: bool = False, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *command], env=environment(), text=True,
+        [sys.executable, *command], env=environment(gpu=gpu), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 
