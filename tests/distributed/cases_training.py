@@ -27,7 +27,7 @@ SPARSEK: dict[str, Any] = {"topk": 5, "window": 4, "stride": 4, "pool": 12, "ref
 def train(
     tp: int, pp: int, steps: int, *, vpp: int | None = None, weights: dict[str, torch.Tensor] | None = None,
     distributed: bool = True, sparsek: SparseKConfig | None = None, layer_spec: bool = False, stock: bool = False,
-    **changes: Any,
+    overlap: bool = False, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Losses and gradient norms of `steps` steps, whole gradients of the first, and what was built.
 
@@ -53,7 +53,9 @@ def train(
             if weights is None
             else (lambda name, p: shard_of(name, p, weights[name]) if name in weights else p)
         )
-        training = Training(spec, sparsek, vpp=vpp, distributed=distributed, weights=given, **changes)
+        training = Training(
+            spec, sparsek, vpp=vpp, distributed=distributed, overlap=overlap, weights=given, **changes
+        )
         if weights is None:
             randomise(training.chunks[0].module)
             training.optimizer.reload_model_params()
@@ -123,7 +125,8 @@ def covering_selection_on_pp2_tp2_sp() -> dict[str, Any]:
 @case
 def training_tp2_dp2_sp_qk_norm() -> dict[str, Any]:
     reference = train(1, 1, 3, distributed=False, qk_layernorm=True)
-    got = train(2, 1, 3, weights=reference["initial"], sequence_parallel=True, qk_layernorm=True)
+    changes = {"weights": reference["initial"], "sequence_parallel": True, "qk_layernorm": True}
+    got = train(2, 1, 3, overlap=True, **changes)
     return compare(reference, got)
 
 

@@ -33,6 +33,7 @@ class Training:
         *,
         vpp: int | None = None,
         distributed: bool = True,
+        overlap: bool = False,
         weights: Callable[[str, torch.nn.Parameter], torch.Tensor] | None = None,
         **changes: Any,
     ) -> None:
@@ -53,7 +54,10 @@ class Training:
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(weights(self.global_name(name, vp_stage), parameter))
             ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=distributed,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap,
             )
             self.chunks.append(DistributedDataParallel(self.config, ddp, model))
         optimizer = OptimizerConfig(
@@ -67,6 +71,8 @@ class Training:
         overrides = scorer_config_overrides(optimizer, sparsek)
         self.optimizer = get_megatron_optimizer(optimizer, self.chunks, config_overrides=overrides)
         self.config.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            self.config.no_sync_func = self.chunks[0].no_sync
         self.grad_norm = 0.0
 
     def global_name(self, name: str, vp_stage: int | None) -> str:
