@@ -142,8 +142,8 @@ def nsa_side(case: Case) -> Side:
 
 
 SIDES: dict[str, tuple[Callable[[Case], Side], int]] = {  # name: (maker, longest sequence measured)
-    "sparsek": (sparsek_side, 1 << 20),
     "cudnn": (sdpa_side(SDPBackend.CUDNN_ATTENTION), 1 << 17),
+    "sparsek": (sparsek_side, 1 << 20),
     "flash2": (sdpa_side(SDPBackend.FLASH_ATTENTION), 1 << 17),
     "flex window": (flex_side(False), 1 << 17),
     "flex same mask": (flex_side(True), 1 << 15),
@@ -151,11 +151,23 @@ SIDES: dict[str, tuple[Callable[[Case], Side], int]] = {  # name: (maker, longes
 }
 
 
-def median_ms(function: Callable[[], object], budget_ms: float) -> float:
+def median_ms(function: Callable[[], object], budget_ms: float, graph: bool) -> float:
+    """Median milliseconds of one call, or of one replay of a CUDA graph of it."""
+    if graph:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            function()
+        function = captured.replay
     return float(triton.testing.do_bench(function, warmup=budget_ms / 4, rep=budget_ms, return_mode="median"))
 
 
-def measure(name: str, make: Callable[[Case], Side], case: Case, budget_ms: float) -> dict[str, object]:
+def measure(
+    name: str, make: Callable[[Case], Side], case: Case, budget_ms: float, graph: bool
+) -> dict[str, object]:
     forward, leaves, pairs = make(case)
     out = forward()
     d_out = torch.randn_like(out)
@@ -171,11 +183,12 @@ def measure(name: str, make: Callable[[Case], Side], case: Case, budget_ms: floa
     torch.cuda.reset_peak_memory_stats()
     both()
     peak = torch.cuda.max_memory_allocated() - before
-    forward_ms, both_ms = median_ms(forward, budget_ms), median_ms(both, budget_ms)
+    forward_ms, both_ms = median_ms(forward, budget_ms, graph), median_ms(both, budget_ms, graph)
     flops = case.forward_flops(pairs)
     row: dict[str, object] = {
         "tokens": case.tokens,
         "side": name,
+        "graph": graph,
         "forward_ms": round(forward_ms, 4),
         "forward_backward_ms": round(both_ms, 4),
         "forward_tflops": round(flops / forward_ms / 1e9, 1),
@@ -185,30 +198,31 @@ def measure(name: str, make: Callable[[Case], Side], case: Case, budget_ms: floa
     if name == "sparsek":
         scores = case.scores().detach()
         options = {"topk": case.topk, "window": case.window, "stride": case.stride}
-        row["select_ms"] = round(median_ms(lambda: select(scores, **options), budget_ms), 4)
+        row["select_ms"] = round(median_ms(lambda: select(scores, **options), budget_ms, graph), 4)
     return row
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
-    print(
-        "  tokens side               fwd ms    f+b ms  TF/s f  TF/s b     GiB  x fwd  x f+b  (x: cudnn time / this)"
-    )
-    dense = {row["tokens"]: row for row in rows if row["side"] == "cudnn" and "error" not in row}
-    for row in rows:
-        head = f"{row['tokens']:>8} {row['side']:<15}"
-        if "error" in row:
-            print(f"{head} {row['error']}")
-            continue
-        gains = ""
-        if row["tokens"] in dense:
-            reference = dense[row["tokens"]]
+HEADER = "  tokens side              fwd ms   f+b ms  TF/s f  TF/s b     GiB  (x: cudnn time / this time, fwd and f+b)"
+
+
+def line(row: dict[str, object], rows: list[dict[str, object]]) -> str:
+    """One row of the table; gains against the cuDNN row of the same length once there is one."""
+    text = f"{row['tokens']:>8} {row['side']:<15}"
+    if "error" in row:
+        return f"{text} {row['error']}"
+    for key, width in (
+        ("forward_ms", 9),
+        ("forward_backward_ms", 9),
+        ("forward_tflops", 8),
+        ("backward_tflops", 8),
+        ("peak_gib", 8),
+    ):
+        text += f"{row[key]:>{width}}"
+    for other in rows:
+        if other["side"] == "cudnn" and other["tokens"] == row["tokens"] and "error" not in other:
             for key in ("forward_ms", "forward_backward_ms"):
-                gains += f" {float(str(reference[key])) / float(str(row[key])):>6.2f}"
-        share = f"  select {row['select_ms']} ms" if "select_ms" in row else ""
-        print(
-            f"{head} {row['forward_ms']:>9} {row['forward_backward_ms']:>9} {row['forward_tflops']:>7} "
-            f"{row['backward_tflops']:>7} {row['peak_gib']:>7}{gains}{share}"
-        )
+                text += f"  x{float(str(other[key])) / float(str(row[key])):.2f}"
+    return text + (f"  select {row['select_ms']} ms" if "select_ms" in row else "")
 
 
 def plot(rows: list[dict[str, object]], path: Path, title: str) -> None:
@@ -245,6 +259,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--graph", action="store_true", help="time replays of CUDA graphs: no launch overhead on any side"
+    )
     parser.add_argument("--budget-ms", type=float, default=100, help="measuring time per number")
     parser.add_argument("--out", type=Path, default=Path("results"))
     args = parser.parse_args()
@@ -275,13 +292,16 @@ def main() -> None:
             if tokens > longest:
                 continue
             try:
-                rows.append(measure(name, make, case, args.budget_ms))
+                rows.append(measure(name, make, case, args.budget_ms, args.graph))
             except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
                 reason = str(error).strip().splitlines()[0][:100] if str(error) else type(error).__name__
                 rows.append({"tokens": tokens, "side": name, "error": f"{type(error).__name__}: {reason}"})
+            print(line(rows[-1], rows), flush=True)  # a long run shows what it has
             gc.collect()
             torch.cuda.empty_cache()
-    print_table(rows)
+    print(HEADER)
+    for row in rows:
+        print(line(row, rows))
     args.out.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with (args.out / "attention.csv").open("w", newline="") as file:

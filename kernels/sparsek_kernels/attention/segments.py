@@ -140,6 +140,7 @@ def collect_partials_kernel(
     sum_v += tl.load(PART_V + (base + row)[:, None] * D + dim, mask=live_2d, other=0.0)
     sum_gate += tl.load(PART_GATE + base + row, mask=live, other=0.0)
 
+    tl.debug_barrier()  # several threads hold each entry: all must have read its rows before one overwrites them
     own_2d = chain_end[:, None] & (dim < D)
     tl.store(PART_K + (base + own)[:, None] * D + dim, sum_k, mask=own_2d)
     tl.store(PART_V + (base + own)[:, None] * D + dim, sum_v, mask=own_2d)
