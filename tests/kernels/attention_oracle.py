@@ -54,9 +54,7 @@ def attention(query, key, value, scores, *, topk, window, stride, pool, gate, so
         heads = []
         for h in range(hq):
             g = h // (hq // hkv)
-            m, visible = gate_matrix(
-                scores[batch, :, g], topk=topk, window=window, stride=stride, pool=pool
-            )
+            m, visible = gate_matrix(scores[batch, :, g], topk=topk, window=window, stride=stride, pool=pool)
             qk = query[batch, :, h] @ key[batch, :, g].T * scale
             if gate == "key_value":
                 logits = qk * m
