@@ -31,7 +31,7 @@ def test_twenty_steps_on_pp2_tp2_with_sequence_parallelism_follow_one_process_an
 
 
 def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_parallelism(launched) -> None:
-    """With overlapped communication, and q/k norms included, whose gradients Megatron would sum over tensor-parallel ranks by their slot's name."""
+    """With overlapped communication, and q/k norms included, which Megatron would sum again by their slot's name."""
     check(launched["training_tp2_dp2_sp_qk_norm"], gradients=False)
 
 
