@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import te_stubs
 import torch
 from mcore_harness import batch, build_gpt, tiny_config
 from megatron.core.models.gpt import gpt_layer_specs
@@ -68,6 +69,23 @@ def test_logits_equal_transformers_where_sparsek_covers_the_sequence(
         got, want = model(tokens, positions, None), reference(tokens).logits
     assert want.std() > 0.1
     assert (got - want).abs().max() <= 1e-4
+
+
+def test_weights_find_the_parameter_names_of_transformer_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    te_stubs.install(monkeypatch)
+    reference = hf_model("Qwen2")
+    reference.save_pretrained(tmp_path, safe_serialization=True)
+    imported = import_config(tmp_path)
+    config = tiny_config(**imported.transformer)
+    model = build_gpt(config, get_sparsek_block_spec(config, sparsek=COVERING), **imported.gpt)
+    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in dict(model.named_parameters())
+    left = load_weights(model, tmp_path)
+    assert len(left) == 6 and all("scorer" in name for name in left)
+    tokens, positions, _ = batch(64)
+    with torch.no_grad():
+        assert (model(tokens, positions, None) - reference(tokens).logits).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
