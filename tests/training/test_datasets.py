@@ -18,7 +18,10 @@ from sparsek_megatron.errors import UserError
 
 @pytest.fixture(autouse=True, scope="module")
 def process_group():
-    """mcore's blended datasets ask for their rank."""
+    """mcore's blended datasets ask for their rank; another test of this process may have made a group already."""
+    if dist.is_initialized():
+        yield
+        return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
