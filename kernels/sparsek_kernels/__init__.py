@@ -2,7 +2,16 @@
 """SparseK attention kernels: the operator, linear-time selection, and the attention built on them."""
 
 from .attention.api import sparsek_attention
+from .attention.chunk import AttentionState, sparsek_attention_chunk
 from .operator import sparsek
 from .selection import Selection, SelectionState, select
 
-__all__ = ["Selection", "SelectionState", "select", "sparsek", "sparsek_attention"]
+__all__ = [
+    "AttentionState",
+    "Selection",
+    "SelectionState",
+    "select",
+    "sparsek",
+    "sparsek_attention",
+    "sparsek_attention_chunk",
+]

@@ -58,11 +58,9 @@ def sparsek_attention(
         NotImplementedError: a combination the chosen backend does not support.
     """
     pool = 4 * topk if pool is None else pool
-    _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
-    if backend == "auto":
-        backend = "triton" if query.is_cuda else "torch"
+    check_arguments(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if backend == "torch":
+    if resolve_backend(backend, query) == "torch":
         return torch_attention(
             query,
             key,
@@ -93,7 +91,15 @@ def sparsek_attention(
     )
 
 
-def _check(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend) -> None:
+def resolve_backend(backend: str, query: torch.Tensor) -> str:
+    """The backend to use: `auto` is Triton on CUDA and torch elsewhere."""
+    if backend == "auto":
+        return "triton" if query.is_cuda else "torch"
+    return backend
+
+
+def check_arguments(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend) -> None:
+    """ValueError for the first argument that does not fit, with its value and what would."""
     for name, x, rank in (("query", query, 4), ("key", key, 4), ("value", value, 4), ("scores", scores, 3)):
         if x.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")

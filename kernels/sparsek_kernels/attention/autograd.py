@@ -16,6 +16,7 @@ from sparsek_kernels.attention.backward_query import attention_backward_query
 from sparsek_kernels.attention.forward import attention_forward
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP, AttentionPlan
 from sparsek_kernels.selection import Selection, score_gradient, select
+from sparsek_kernels.selection.torch_backend import extend_scores
 
 
 def _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens) -> AttentionPlan:
@@ -133,6 +134,44 @@ def _backward(ctx, d_out, _d_lse):
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
+def _check_supported(query: torch.Tensor, key: torch.Tensor) -> None:
+    if not query.is_cuda and not triton.knobs.runtime.interpret:
+        raise NotImplementedError(
+            f"query is on {query.device}: the triton backend needs CUDA; use backend='torch'"
+        )
+    if query.dtype == torch.float64:
+        raise NotImplementedError(
+            "query is float64: the triton backend computes in fp32; use backend='torch'"
+        )
+    if query.shape[-1] not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"query has head dimension {query.shape[-1]}; the triton backend has {HEAD_DIMS}"
+        )
+    if query.shape[2] // key.shape[2] > MAX_GROUP:
+        raise NotImplementedError(
+            f"query has {query.shape[2] // key.shape[2]} heads per key head; the triton backend has up to {MAX_GROUP}"
+        )
+
+
+def triton_chunk(query, key, value, scores, selection, before, *, gate, softmax_scale) -> torch.Tensor:
+    """Forward of one chunk on the keys of its `Selection`: key, value [b, E, hkv, d], scores [b, s, hkv]."""
+    _check_supported(query, key)
+    plan = AttentionPlan(
+        query,
+        key,
+        topk=selection.topk,
+        window=selection.window,
+        stride=selection.stride,
+        pool=selection.pool,
+        gate=gate,
+        softmax_scale=softmax_scale,
+        past=selection.past,
+    )
+    row_scores = extend_scores(scores, before).transpose(1, 2).contiguous()
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return attention_forward(plan, query, key, value, row_scores, selection)[0]
+
+
 def triton_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -148,20 +187,7 @@ def triton_attention(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sparsek_attention` on CUDA, arguments already validated: selection, then attention on it."""
-    if not query.is_cuda and not triton.knobs.runtime.interpret:
-        raise NotImplementedError(f"query is on {query.device}: the triton backend needs CUDA; use backend='torch'")
-    if query.dtype == torch.float64:
-        raise NotImplementedError(
-            "query is float64: the triton backend computes in fp32; use backend='torch'"
-        )
-    if query.shape[-1] not in HEAD_DIMS:
-        raise NotImplementedError(
-            f"query has head dimension {query.shape[-1]}; the triton backend has {HEAD_DIMS}"
-        )
-    if query.shape[2] // key.shape[2] > MAX_GROUP:
-        raise NotImplementedError(
-            f"query has {query.shape[2] // key.shape[2]} heads per key head; the triton backend has up to {MAX_GROUP}"
-        )
+    _check_supported(query, key)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     with torch.no_grad():
         selection = select(

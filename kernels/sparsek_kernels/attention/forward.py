@@ -38,19 +38,25 @@ def _absorb(
 def attention_forward_kernel(
     Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, OUT, LSE,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    tokens, slots, list_tiles, kv_heads, scale_log2, floor,
+    tokens, slots, list_tiles, kv_heads, past, scale_log2, floor,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
     GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
+    CARRIED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, b * hkv). U, EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots];
     LISTS [b, hkv, list_tiles, TOPK].
 
     OUT [b, s, hq, d] contiguous; LSE [b, hq, s] fp32, log2 of the softmax denominator including its maximum.
+    CARRIED keys precede this call's tokens in K, V, U, EVICT and LISTS, and `past` tokens precede them in the sequence
+    (`selection.types`, with a state); tiles then keep to positions, so the first one may start before this call.
     """
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // kv_heads, bh % kv_heads
     first, start, end, slot0, list0, _ = sequence_tile(TILES, tl.program_id(0), tokens, QUERIES, PACKED)
+    if CARRIED > 0:
+        first -= past % QUERIES
+        start, slot0, list0 = -past, -(past // STRIDE), -(past // LIST_TILE)
     if first >= end:
         return
 
@@ -58,7 +64,10 @@ def attention_forward_kernel(
     row = tl.arange(0, ROWS)
     token = first + row // GROUP_PAD
     member = row % GROUP_PAD
-    row_ok = (token < end) & (member < GROUP)
+    token_ok = token < end
+    if CARRIED > 0:
+        token_ok &= token >= 0
+    row_ok = token_ok & (member < GROUP)
     dim = tl.arange(0, D_PAD)
     dim_ok = dim < D
     q_rows = Q + batch * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member) * q_head
@@ -66,12 +75,16 @@ def attention_forward_kernel(
 
     k_base = K + batch * k_batch + head * k_head + dim[None, :]
     v_base = V + batch * v_batch + head * v_head + dim[None, :]
-    u_base = U + bh * tokens
-    evict_base = EVICT + bh * tokens
+    u_base = U + bh * (CARRIED + tokens)
+    evict_base = EVICT + bh * (CARRIED + tokens)
 
     position = first - start
+    if CARRIED > 0:
+        position = tl.maximum(position, past)
     tile = position // LIST_TILE
     base = tile * LIST_TILE  # position of the list tile's start, a refresh point
+    if CARRIED > 0:
+        base = tl.maximum(base, past // STRIDE * STRIDE)  # the first list was taken when this call began
     list_base = LISTS + (bh * list_tiles + list0 + tile) * TOPK
     count = tl.minimum(tl.maximum(base - WINDOW + 1, 0), TOPK)
     if UNIFORM:
@@ -81,8 +94,8 @@ def attention_forward_kernel(
     else:
         refresh = (token - start) // STRIDE
         slot = bh * slots + slot0 + refresh
-        tau = tl.load(TAU + slot, mask=token < end, other=0.0)[:, None]
-        tau_low = tl.load(TAU_LOW + slot, mask=token < end, other=0.0)[:, None]
+        tau = tl.load(TAU + slot, mask=token_ok, other=0.0)[:, None]
+        tau_low = tl.load(TAU_LOW + slot, mask=token_ok, other=0.0)[:, None]
         local_from = (start + refresh * STRIDE - WINDOW + 1)[:, None]
 
     row_max = tl.full([ROWS], -1e30, tl.float32)
@@ -99,6 +112,8 @@ def attention_forward_kernel(
         offset = j.to(tl.int64)[:, None]
         k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
         u = tl.load(u_base + j)
+        if CARRIED > 0:
+            u = tl.where(ok, u, 0.0)  # an empty place of the carried pool has score -inf
         qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
         gate = clamp_gate(u[None, :], tau, tau_low, floor)
         logits = gated_logits(qk, gate, scale_log2, GATE)
@@ -116,7 +131,7 @@ def attention_forward_kernel(
     if UNIFORM:
         mid = lo + tl.maximum(first - lo + 1, 0) // KEYS * KEYS
         for n in tl.range(lo, mid, KEYS):
-            offset = (n + lane).to(tl.int64)[:, None]
+            offset = (CARRIED + n + lane).to(tl.int64)[:, None]
             k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None) * scale_log2
             v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
@@ -126,7 +141,7 @@ def attention_forward_kernel(
     for n in tl.range(mid, hi, KEYS):
         j = n + lane
         ok = j < hi
-        offset = j.to(tl.int64)[:, None]
+        offset = (CARRIED + j).to(tl.int64)[:, None]
         k = tl.load(k_base + offset * k_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
         visible = (j[None, :] <= token[:, None]) & ok[None, :]
@@ -134,8 +149,8 @@ def attention_forward_kernel(
             gate = 1.0
             logits = qk * scale_log2
         else:
-            u = tl.load(u_base + j, mask=ok, other=0.0)
-            alive = tl.load(evict_base + j, mask=ok, other=0)
+            u = tl.load(u_base + CARRIED + j, mask=ok, other=0.0)
+            alive = tl.load(evict_base + CARRIED + j, mask=ok, other=0)
             gate = clamp_gate(u[None, :], tau, tau_low, floor)
             gate = tl.where(j[None, :] >= local_from, 1.0, gate)
             logits = gated_logits(qk, gate, scale_log2, GATE)
@@ -166,7 +181,8 @@ def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch
         query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
         tiles, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.scale_log2, plan.floor,
-        **plan.constants(tiling), GROUP_PAD=plan.group_pad, **tiling.launch,
+        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.past,
+        plan.scale_log2, plan.floor,
+        **plan.constants(tiling), GROUP_PAD=plan.group_pad, CARRIED=plan.carried, **tiling.launch,
     )  # fmt: skip
     return out, lse

@@ -88,7 +88,8 @@ class AttentionPlan:
         pool: int,
         gate: str,
         softmax_scale: float,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
+        past: int = 0,
         tilings: Tilings | None = None,
     ) -> None:
         _, self.tokens, heads, self.dim = query.shape
@@ -100,6 +101,7 @@ class AttentionPlan:
         self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
         self.floor = 1.0 / (pool - topk + 1)  # no selected gate is below this (kernels/README.md)
         self.cu_seqlens = cu_seqlens
+        self.past, self.carried = past, key.shape[1] - query.shape[1]
         self.packed = cu_seqlens is not None
         self.list_tile = list_tile(stride)
         self.full_precision = query.dtype == torch.float32
@@ -142,7 +144,7 @@ class AttentionPlan:
         The number is the static capacity s // size + num_seqs when packed, so nothing waits for the device.
         """
         if self.cu_seqlens is None:
-            return None, -(-self.tokens // size)
+            return None, -(-(self.past % size + self.tokens) // size)
         bounds = self.cu_seqlens.long()
         starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
 

@@ -17,7 +17,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparsek_kernels.operator import sparsek
-from sparsek_kernels.selection import pool_indices
+from sparsek_kernels.selection import SelectionState, pool_indices
+from sparsek_kernels.selection.torch_backend import extend_scores
 
 QUERIES_PER_CHUNK = 1024
 
@@ -51,6 +52,7 @@ def _attend(
     scores: torch.Tensor,
     pool: torch.Tensor,
     first_slot: int,
+    shift: int,
     topk: int,
     window: int,
     stride: int,
@@ -59,7 +61,8 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of the queries of some consecutive refresh points.
 
-    query [b, h, g, r, stride, d], key/value [b, h, n, d], scores [b, h, n], pool [b, h, r, P] -> like query.
+    query [b, h, g, r, stride, d], key/value [b, h, E, d], scores [b, h, E], pool [b, h, r, P] -> like query.
+    first_slot: the first refresh point divided by stride; shift: key index of a token minus its position.
     """
     slots = pool.shape[2]
     device = query.device
@@ -71,7 +74,8 @@ def _attend(
     selected = pool[..., :topk]
     width = selected.shape[-1]
     index = torch.cat(
-        [selected.clamp(min=0), local.clamp(0, key.shape[2] - 1).expand(*pool.shape[:2], -1, -1)], dim=-1
+        [selected.clamp(min=0), (local + shift).clamp(0, key.shape[2] - 1).expand(*pool.shape[:2], -1, -1)],
+        dim=-1,
     )
     mask = torch.cat(
         [
@@ -97,29 +101,53 @@ def _attend(
     return torch.matmul(weights, values)
 
 
-def _attend_sequence(query, key, value, scores, *, topk, window, stride, pool, gate, softmax_scale):
-    """One sequence per row: query [b, s, hq, d], key/value [b, s, hkv, d], scores [b, s, hkv] -> [b, s, hq, d]."""
+def attend_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    topk: int,
+    window: int,
+    stride: int,
+    pool: int,
+    gate: str,
+    softmax_scale: float,
+    state: SelectionState | None = None,
+) -> torch.Tensor:
+    """One sequence per row: query [b, s, hq, d], key/value [b, E, hkv, d], scores [b, s, hkv] -> [b, s, hq, d].
+
+    E = s, or with a state all keys this call can see (`selection.types`); rows that no query attends to are not read.
+    """
     batch, length, heads, dim = query.shape
     groups = key.shape[2]
     index = pool_indices(
-        scores.detach().float(), topk=topk, window=window, stride=stride, pool=pool, hard=pool == topk
+        scores.detach().float(),
+        topk=topk,
+        window=window,
+        stride=stride,
+        pool=pool,
+        hard=pool == topk,
+        state=state,
     )
-    slots = index.shape[2]
-    padded = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, slots * stride - length))
+    past = 0 if state is None else state.length
+    slots, front = index.shape[2], past % stride  # the first refresh point may lie before this call
+    padded = torch.nn.functional.pad(query, (0, 0, 0, 0, front, slots * stride - length - front))
     q = padded.view(batch, slots, stride, groups, heads // groups, dim).permute(0, 3, 4, 1, 2, 5)
-    k, v, u = key.transpose(1, 2), value.transpose(1, 2), scores.transpose(1, 2)
+    k, v, u = key.transpose(1, 2), value.transpose(1, 2), extend_scores(scores, state).transpose(1, 2)
+    shift = key.shape[1] - length - past
 
     step = max(1, QUERIES_PER_CHUNK // stride)
     outputs = []
     for start in range(0, slots, step):
-        args = (q[:, :, :, start : start + step], k, v, u, index[:, :, start : start + step], start)
-        args = (*args, topk, window, stride, gate, softmax_scale)
+        args = (q[:, :, :, start : start + step], k, v, u, index[:, :, start : start + step])
+        args = (*args, past // stride + start, shift, topk, window, stride, gate, softmax_scale)
         if slots > step and torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, *args, use_reentrant=False))
         else:
             outputs.append(_attend(*args))
     out = torch.cat(outputs, dim=3).permute(0, 3, 4, 1, 2, 5)
-    return out.reshape(batch, slots * stride, heads, dim)[:, :length]
+    return out.reshape(batch, slots * stride, heads, dim)[:, front : front + length]
 
 
 def torch_attention(
@@ -148,10 +176,10 @@ def torch_attention(
         "softmax_scale": softmax_scale,
     }
     if cu_seqlens is None:
-        return _attend_sequence(*tensors, **options).to(query.dtype)
+        return attend_sequence(*tensors, **options).to(query.dtype)
     bounds = cu_seqlens.tolist()
     pieces = [
-        _attend_sequence(*(x[:, start:end] for x in tensors), **options)
+        attend_sequence(*(x[:, start:end] for x in tensors), **options)
         for start, end in pairwise(bounds)
         if end > start
     ]
