@@ -50,7 +50,7 @@ def check_model_config(config: TransformerConfig) -> None:
         (
             config.flash_decode,
             "--flash-decode: it bypasses core attention and would decode densely; leave it out and "
-            "generate with sparsek_kernels.SparseKCache",
+            "call the model on the whole prefix",
         ),
         (
             getattr(config, "window_size", None) is not None,
@@ -162,6 +162,5 @@ def check_inference(inference_context: object | None) -> None:
     if inference_context is not None:
         raise NotImplementedError(
             "inference_context: megatron-core's static and dynamic batching run dense attention over a "
-            "growing cache; generate with sparsek_kernels.SparseKCache, or call the model without an "
-            "inference context"
+            "growing cache; call the model on the whole prefix, without an inference context"
         )
