@@ -9,7 +9,7 @@ from itertools import pairwise
 import attention_oracle
 import pytest
 import torch
-from sparsek_kernels import sparsek_attention
+from sparsek_kernels import select, sparsek_attention
 from sparsek_kernels.attention import plan
 
 
@@ -192,6 +192,24 @@ def test_interpreted_kernels_packed_and_strided(short_segments):
 def test_interpreted_kernels_in_half_precision(short_segments):
     inputs = make_inputs(150, hq=2, hkv=1, d=64, dtype=torch.float16)
     check(inputs, 2e-3, "triton", topk=8, window=12, stride=64, gate="key_value")
+
+
+@interpreted
+def test_custom_op_schema_autograd_and_fake_kernels():
+    q, k, v, u = make_inputs(70, d=64, dtype=torch.float32)
+    selection = select(u, topk=4, window=6)
+    fields = (
+        "threshold",
+        "threshold_low",
+        "evict",
+        "lists",
+        "fraction_start",
+        "fraction_end",
+        "fraction_size",
+    )
+    args = (*(x.requires_grad_() for x in (q, k, v, u)), *(getattr(selection, f) for f in fields))
+    settings = (None, 4, 6, 64, 16, "key_value", 0.125)
+    torch.library.opcheck(torch.ops.sparsek.attention.default, (*args, *settings))
 
 
 def test_triton_backend_names_what_it_lacks():

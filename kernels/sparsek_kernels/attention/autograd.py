@@ -38,8 +38,7 @@ def _selection(tensors, topk, window, stride, pool, cu_seqlens) -> Selection:
     return Selection(*tensors, topk=topk, window=window, stride=stride, pool=pool, cu_seqlens=cu_seqlens)
 
 
-@torch.library.custom_op("sparsek::attention", mutates_args=())
-def attention_op(
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -67,14 +66,12 @@ def attention_op(
     return attention_forward(plan, query, key, value, row_scores, selection)
 
 
-@attention_op.register_fake
-def _(query, key, value, scores, *args):
+def _attention_fake(query, key, value, scores, *args):
     b, s, hq, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((b, hq, s), dtype=torch.float32)
 
 
-@torch.library.custom_op("sparsek::attention_backward", mutates_args=())
-def attention_backward_op(
+def _attention_backward(
     d_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -111,8 +108,7 @@ def attention_backward_op(
     return d_query, d_key, d_value, d_scores.contiguous()
 
 
-@attention_backward_op.register_fake
-def _(d_out, query, key, value, scores, *args):
+def _attention_backward_fake(d_out, query, key, value, scores, *args):
     return tuple(x.new_empty(x.shape) for x in (query, key, value, scores))
 
 
@@ -126,13 +122,30 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, d_out, _d_lse):
     *inputs, out, lse = ctx.saved_tensors
     query, key, value, scores, *selection, cu_seqlens = inputs
-    gradients = attention_backward_op(
+    gradients = torch.ops.sparsek.attention_backward(
         d_out, query, key, value, scores, out, lse, *selection, cu_seqlens, *ctx.settings
     )
     return (*gradients, *(None,) * 14)
 
 
-attention_op.register_autograd(_backward, setup_context=_save)
+# `Library` rather than `custom_op`: its calls cost tens of microseconds less on the host.
+_SELECTION = (
+    "Tensor threshold, Tensor threshold_low, Tensor evict, Tensor lists, Tensor fraction_start, Tensor fraction_end, "
+    "Tensor fraction_size, Tensor? cu_seqlens, int topk, int window, int stride, int pool, str gate, "
+    "float softmax_scale"
+)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor scores"
+_LIBRARY = torch.library.Library("sparsek", "FRAGMENT")
+_LIBRARY.define(f"attention({_INPUTS}, {_SELECTION}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"attention_backward(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, {_SELECTION}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsek::attention", _attention_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsek::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsek::attention", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 def _check_supported(query: torch.Tensor, key: torch.Tensor) -> None:
@@ -200,7 +213,7 @@ def triton_attention(
             hard=pool == topk,
             cu_seqlens=cu_seqlens,
         )
-    return attention_op(
+    return torch.ops.sparsek.attention(
         query,
         key,
         value,
