@@ -3,11 +3,17 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: set before any import of ours
+# A change must not fail for a case that an earlier one would have failed for too: CI draws the same examples each time.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
+
+if not torch.cuda.is_available():  # read when a kernel is defined: set before any import of ours
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
