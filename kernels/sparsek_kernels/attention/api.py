@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsek_kernels.attention.autograd import triton_attention
 from sparsek_kernels.attention.reference import torch_attention
 
 GATES = ("key_value", "value", "logit")
@@ -60,23 +61,8 @@ def sparsek_attention(
     pool = 4 * topk if pool is None else pool
     check_arguments(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if resolve_backend(backend, query) == "torch":
-        return torch_attention(
-            query,
-            key,
-            value,
-            scores,
-            topk=topk,
-            window=window,
-            stride=stride,
-            pool=pool,
-            gate=gate,
-            softmax_scale=scale,
-            cu_seqlens=cu_seqlens,
-        )
-    from sparsek_kernels.attention.autograd import triton_attention
-
-    return triton_attention(
+    attention = torch_attention if resolve_backend(backend, query) == "torch" else triton_attention
+    return attention(
         query,
         key,
         value,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsek_kernels.attention.api import check_arguments, resolve_backend
+from sparsek_kernels.attention.autograd import triton_chunk
 from sparsek_kernels.attention.reference import attend_sequence, gather_rows
 from sparsek_kernels.selection import SelectionState, select
 
@@ -66,8 +67,6 @@ def sparsek_attention_chunk(
         assert selection.state is not None
         keys, values = (_extend(x, rows, topk, pool) for x, rows in _pairs(key, value, state))
         if resolve_backend(backend, query) == "triton":
-            from sparsek_kernels.attention.autograd import triton_chunk
-
             out = triton_chunk(query, keys, values, scores, selection, before, gate=gate, softmax_scale=scale)
         else:
             inputs = (query.float(), keys.float(), values.float(), scores)
