@@ -44,11 +44,11 @@ ensure_installed() {
     state="$(pwd) $(cksum <pyproject.toml)"
     [ "$(cat "$stamp" 2>/dev/null || true)" = "$state" ] && return
     echo "installing into $VIRTUAL_ENV (minutes, mostly downloads)"
-    if ! python -c 'import torch' 2>/dev/null; then
+    if ! python -W ignore -c 'import torch' 2>/dev/null; then
         python -m pip install -qq ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
             "torch==${TORCH_VERSION:-2.13.0}" || fail "pip could not install torch; see its message above"
     fi
-    python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' >"$VIRTUAL_ENV/constraints.txt"
+    python -W ignore -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' >"$VIRTUAL_ENV/constraints.txt"
     python -m pip install -qq -c "$VIRTUAL_ENV/constraints.txt" -e "$target" ||
         fail "pip could not install the package; see its message above"
     echo "$state" >"$stamp"
