@@ -65,3 +65,11 @@ def test_what_does_not_fit_the_state_is_named():
         sparsek_attention_chunk(q, k, v, u, **{**options, "window": 7}, state=state)
     with pytest.raises(NotImplementedError, match="has no gradient: call it under"):
         sparsek_attention_chunk(q.requires_grad_(), k, v, u, **options)
+
+
+def test_float64_inputs_are_computed_in_float64():
+    inputs = [x.double() for x in make_inputs(90)]
+    options = {"topk": 4, "window": 6, "stride": 8}
+    pieces, _ = in_chunks(inputs, [40, 50], **options)
+    whole = sparsek_attention(*inputs, **options)
+    assert ((pieces - whole).norm() / whole.norm()).item() < 1e-12

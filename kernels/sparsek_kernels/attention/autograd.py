@@ -20,84 +20,30 @@ from sparsek_kernels.selection import Selection, score_gradient, select
 from sparsek_kernels.selection.torch_backend import extend_scores
 
 
-def _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens) -> AttentionPlan:
-    return AttentionPlan(
-        query,
-        key,
-        topk=topk,
-        window=window,
-        stride=stride,
-        pool=pool,
-        gate=gate,
-        softmax_scale=softmax_scale,
-        cu_seqlens=cu_seqlens,
+def _unpack(query: torch.Tensor, key: torch.Tensor, selected: tuple) -> tuple[AttentionPlan, Selection]:
+    """Plan and selection of a call from the arguments both ops end with (`_SELECTION` below)."""
+    *tensors, cu_seqlens, topk, window, stride, pool, gate, softmax_scale = selected
+    sizes = {"topk": topk, "window": window, "stride": stride, "pool": pool, "cu_seqlens": cu_seqlens}
+    return AttentionPlan(query, key, gate=gate, softmax_scale=softmax_scale, **sizes), Selection(
+        *tensors, **sizes
     )
 
 
-def _selection(tensors, topk, window, stride, pool, cu_seqlens) -> Selection:
-    return Selection(*tensors, topk=topk, window=window, stride=stride, pool=pool, cu_seqlens=cu_seqlens)
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scores: torch.Tensor,
-    threshold: torch.Tensor,
-    threshold_low: torch.Tensor,
-    evict: torch.Tensor,
-    lists: torch.Tensor,
-    fraction_start: torch.Tensor,
-    fraction_end: torch.Tensor,
-    fraction_size: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    topk: int,
-    window: int,
-    stride: int,
-    pool: int,
-    gate: str,
-    softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(query, key, value, scores, *selected):
     """(out [b, s, hq, d], lse [b, hq, s] fp32 in log2 units) on a selection's tensors."""
-    plan = _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens)
-    tensors = (threshold, threshold_low, evict, lists, fraction_start, fraction_end, fraction_size)
-    selection = _selection(tensors, topk, window, stride, pool, cu_seqlens)
+    plan, selection = _unpack(query, key, selected)
     row_scores = scores.transpose(1, 2).contiguous()
     return attention_forward(plan, query, key, value, row_scores, selection)
 
 
-def _attention_fake(query, key, value, scores, *args):
+def _attention_fake(query, key, value, scores, *_selected):
     b, s, hq, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((b, hq, s), dtype=torch.float32)
 
 
-def _attention_backward(
-    d_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scores: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    threshold: torch.Tensor,
-    threshold_low: torch.Tensor,
-    evict: torch.Tensor,
-    lists: torch.Tensor,
-    fraction_start: torch.Tensor,
-    fraction_end: torch.Tensor,
-    fraction_size: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    topk: int,
-    window: int,
-    stride: int,
-    pool: int,
-    gate: str,
-    softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _attention_backward(d_out, query, key, value, scores, out, lse, *selected):
     """(d_query, d_key, d_value, d_scores), shaped like their inputs, contiguous."""
-    plan = _plan(query, key, topk, window, stride, pool, gate, softmax_scale, cu_seqlens)
-    tensors = (threshold, threshold_low, evict, lists, fraction_start, fraction_end, fraction_size)
-    selection = _selection(tensors, topk, window, stride, pool, cu_seqlens)
+    plan, selection = _unpack(query, key, selected)
     row_scores = scores.transpose(1, 2).contiguous()
     inputs = (query, key, value, row_scores, selection)
     if d_out.stride(-1) != 1:
@@ -108,7 +54,7 @@ def _attention_backward(
     return d_query, d_key, d_value, d_scores.contiguous()
 
 
-def _attention_backward_fake(d_out, query, key, value, scores, *args):
+def _attention_backward_fake(d_out, query, key, value, scores, *_rest):
     return tuple(x.new_empty(x.shape) for x in (query, key, value, scores))
 
 

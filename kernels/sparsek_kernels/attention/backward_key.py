@@ -43,12 +43,8 @@ def attention_backward_key(plan, query, key, value, scores, selection, d_out, ls
     slots, list_tiles = selection.threshold.shape[2], selection.lists.shape[2]
     sizes = {"SEGMENT": plan.segment, "CAPACITY": capacity}
     bookkeeping = {
-        **sizes,
-        **{
-            name: plan.constants(plan.backward_band)[name]
-            for name in ("TOPK", "WINDOW", "LIST_TILE", "PACKED")
-        },
-    }
+        **sizes, "TOPK": topk, "WINDOW": plan.window, "LIST_TILE": plan.list_tile, "PACKED": plan.packed,
+    }  # fmt: skip
     index_segments_kernel[(segments, rows)](
         scores, selection.evict, selection.lists, segment_tiles, entrants, entrant_count, key_row, link,
         s, list_tiles, segments,

@@ -13,7 +13,7 @@ import torch
 
 from sparsek_kernels.attention.api import check_arguments, resolve_backend
 from sparsek_kernels.attention.autograd import triton_chunk
-from sparsek_kernels.attention.reference import attend_sequence, gather_rows
+from sparsek_kernels.attention.reference import attend_sequence, compute_dtype, gather_rows
 from sparsek_kernels.selection import SelectionState, select
 
 
@@ -48,7 +48,7 @@ def sparsek_attention_chunk(
 ) -> tuple[torch.Tensor, AttentionState]:
     """`sparsek_attention` of the next tokens of a sequence, without gradients.
 
-    Arguments as in `sparsek_attention`, shapes of this chunk; fp32 scores. `state` is what the call on the chunk
+    Arguments as in `sparsek_attention`, shapes of this chunk. `state` is what the call on the chunk
     before returned, None at the start of the sequence. Returns (out [b, s, hq, d], the state after this chunk).
 
     Raises ValueError for arguments that do not fit each other or the state, NotImplementedError where a gradient is
@@ -65,21 +65,18 @@ def sparsek_attention_chunk(
         before = None if state is None else state.selection
         selection = select(scores.float(), **options, hard=pool == topk, state=before, return_state=True)
         assert selection.state is not None
-        keys, values = (_extend(x, rows, topk, pool) for x, rows in _pairs(key, value, state))
+        carried = (None, None) if state is None else (state.key, state.value)
+        keys, values = (_extend(x, rows, topk, pool) for x, rows in zip((key, value), carried, strict=True))
         if resolve_backend(backend, query) == "triton":
             out = triton_chunk(query, keys, values, scores, selection, before, gate=gate, softmax_scale=scale)
         else:
-            inputs = (query.float(), keys.float(), values.float(), scores)
+            inputs = (x.to(compute_dtype(query)) for x in (query, keys, values, scores))
             out = attend_sequence(*inputs, **options, gate=gate, softmax_scale=scale, state=before).to(
                 query.dtype
             )
         return out, _advance(
             selection.state, keys, values, state, topk, window + stride - 1, key.shape[1], pool
         )
-
-
-def _pairs(key, value, state):
-    return ((key, None if state is None else state.key), (value, None if state is None else state.value))
 
 
 def _check_state(

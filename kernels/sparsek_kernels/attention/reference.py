@@ -23,6 +23,11 @@ from sparsek_kernels.selection.torch_backend import extend_scores
 QUERIES_PER_CHUNK = 1024
 
 
+def compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """What the torch backend computes in: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x [b, h, n, d] at index [b, h, ...]: [b, h, ..., d]."""
     flat = index.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
@@ -165,7 +170,7 @@ def torch_attention(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sparsek_attention` on any device, arguments already validated; computes in fp32 (fp64 for fp64 inputs)."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(query)
     tensors = [x.to(dtype) for x in (query, key, value, scores)]
     options = {
         "topk": topk,

@@ -16,8 +16,6 @@ VALUE: tl.constexpr = tl.constexpr(1)
 LOGIT: tl.constexpr = tl.constexpr(2)
 GATE_CODE = {"key_value": 0, "value": 1, "logit": 2}
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def sequence_tile(TILES, index, tokens, SIZE: tl.constexpr, PACKED: tl.constexpr):
