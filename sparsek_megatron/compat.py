@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import sys
 from typing import Any
@@ -60,17 +62,29 @@ def apex_fused_norms() -> tuple[Any, Any] | None:
     return fused_rms_norm_affine, fused_layer_norm_affine
 
 
-def replace_stock_torch_norm(norm: type) -> None:
-    """Make `norm` the final norm that a bare layer spec gets from `TransformerBlock`.
+FINAL_NORM = "final_layernorm"
 
-    megatron-core picks the final norm of a `ModuleSpec` model from a module global. Without TE or Apex that
-    is `WrappedTorchNorm`, which asserts against sequence parallelism, and with Apex alone `FusedLayerNorm`,
-    which asserts against RMSNorm. A spec cannot carry the final norm, so the global is replaced; the
-    replacement computes the same function with the same parameter names. Left alone where TE provides the
-    norm.
+
+def let_layer_specs_name_the_final_norm() -> None:
+    """Make `TransformerBlock` take the final norm from a bare layer spec's `metainfo[FINAL_NORM]`, where it has one.
+
+    megatron-core gives every model made from a single `ModuleSpec` the same final norm, a module global: without TE
+    or Apex `WrappedTorchNorm`, which asserts against sequence parallelism, and with Apex alone `FusedLayerNorm`, which
+    asserts against RMSNorm. The function that picks it is wrapped; for a spec without the entry, a stock dense one for
+    example, the answer is megatron-core's own. Calling it again changes nothing.
     """
-    if not transformer_block.HAVE_TE:
-        transformer_block.LayerNormImpl = norm  # pyright: ignore[reportAttributeAccessIssue]
+    stock = transformer_block._get_block_submodules
+    if getattr(stock, "reads_metainfo", False):
+        return
+
+    @functools.wraps(stock)
+    def with_final_norm(config: Any, spec: Any, *args: Any, **keywords: Any) -> Any:
+        block = stock(config, spec, *args, **keywords)
+        norm = getattr(spec, "metainfo", {}).get(FINAL_NORM)
+        return block if norm is None else dataclasses.replace(block, layer_norm=norm)
+
+    with_final_norm.reads_metainfo = True  # pyright: ignore[reportFunctionMemberAccess]
+    transformer_block._get_block_submodules = with_final_norm
 
 
 def running_script_arguments() -> Any:
@@ -82,6 +96,17 @@ def attention_backend_overwrites(config: Any) -> bool:
     """Whether `config.attention_backend` ("local", from 0.17) makes megatron-core replace a core attention."""
     backend = getattr(getattr(config, "attention_backend", None), "name", None)
     return backend == "local" and version_tuple(MCORE_VERSION) >= (0, 17, 0)
+
+
+def cuda_graph_implementation(settings: Any) -> str:
+    """What a configuration or Megatron-LM's arguments ask for: "none", "local", "full_iteration", ...
+
+    Both of 0.16's older flags included (`--enable-cuda-graph`, `--external-cuda-graph`).
+    """
+    if getattr(settings, "external_cuda_graph", False):
+        return "transformer_engine"
+    named = getattr(settings, "cuda_graph_impl", None) or "none"
+    return "local" if named == "none" and getattr(settings, "enable_cuda_graph", False) else named
 
 
 def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | None) -> list[int]:

@@ -55,7 +55,7 @@ class SparseKConfig:
     scorer_lr_mult    learning-rate multiplier of the scorer's parameters (`sparsek_megatron.optimizer`)
     overflow_warning  warn when the pool cut off the support of the unbounded operator at more than this
                       fraction of refresh points; None never checks. Checked every `overflow_interval`
-                      training forwards
+                      training forwards; a replayed CUDA graph runs no Python and is not checked
 
     Layers:
 

@@ -93,6 +93,12 @@ def check_training_arguments(args: object) -> None:
             "--reset-attention-mask: the mask does not reach SparseK attention and documents would see "
             "each other; leave it out, or pass document boundaries as packed_seq_params (cu_seqlens)"
         )
+    graphs = compat.cuda_graph_implementation(args)
+    if graphs != "none" and getattr(args, "create_attention_mask_in_dataloader", False):
+        raise NotImplementedError(
+            f"--cuda-graph-impl {graphs} with attention masks from the data loader: a replay cannot look at "
+            "them; use --no-create-attention-mask-in-dataloader"
+        )
     tp = getattr(args, "tensor_model_parallel_size", 1)
     if getattr(args, "sequence_parallel", False) and getattr(args, "seq_length", tp) % tp:
         raise ValueError(
@@ -136,10 +142,11 @@ def check_attention_mask(mask: Tensor | None) -> None:
     """Refuse an explicit mask that is not plain causal: SparseK attention would not apply it.
 
     mask [..., s, s] bool, True where attention is masked out, as Megatron's datasets build it. The check
-    reads the whole mask, once per tensor; `--no-create-attention-mask-in-dataloader` saves both.
+    reads the whole mask, once per tensor; `--no-create-attention-mask-in-dataloader` saves both. While a CUDA
+    graph is captured nothing can be read: the mask there is one that a warm-up iteration showed.
     """
     global _last_causal_mask
-    if mask is None:
+    if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if _last_causal_mask is not None:
         known, version = _last_causal_mask

@@ -157,9 +157,9 @@ def get_sparsek_layer_spec(
     settings; None reads the environment. transformer_impl: "local" or "transformer_engine". Further keywords
     go to megatron-core's stock spec function and win over the configuration.
 
-    A layer pattern in `sparsek` is applied by global layer number, under any pipeline split. Without
-    Transformer Engine the model's final norm is set to `sparsek_megatron.Norm`
-    (`compat.replace_stock_torch_norm`), since the stock one refuses sequence parallelism.
+    A layer pattern in `sparsek` is applied by global layer number, under any pipeline split. A local spec names
+    `sparsek_megatron.Norm` as the model's final norm in its `metainfo`, since the stock one refuses sequence
+    parallelism (`compat.let_layer_specs_name_the_final_norm`); models made from other specs keep theirs.
 
     Raises NotImplementedError for a configuration that SparseK attention does not support, naming the flag.
     """
@@ -168,12 +168,14 @@ def get_sparsek_layer_spec(
         refuse.check_model_config(config)
         sparsek = sparsek or settings_from_environment()[0]
         dense_indices(sparsek, config.num_layers)
-    if local:
-        compat.replace_stock_torch_norm(Norm)
     layer = _stock_layer(config, local=local, **stock)
-    return to_sparsek(
+    spec = to_sparsek(
         layer, sparsek, local=local, before_config=config is None and "num_experts" not in stock
     )
+    if not local:
+        return spec
+    compat.let_layer_specs_name_the_final_norm()
+    return dataclasses.replace(spec, metainfo={**spec.metainfo, compat.FINAL_NORM: Norm})
 
 
 def get_sparsek_block_spec(

@@ -154,6 +154,12 @@ def test_packed_sequences_must_be_thd_with_one_set_of_boundaries() -> None:
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        (
+            {"cuda_graph_impl": "local", "create_attention_mask_in_dataloader": True},
+            "--cuda-graph-impl local",
+        ),
+        ({"enable_cuda_graph": True, "create_attention_mask_in_dataloader": True}, "--cuda-graph-impl local"),
+        ({"external_cuda_graph": True, "create_attention_mask_in_dataloader": True}, "transformer_engine"),
         ({"sequence_parallel": True, "tensor_model_parallel_size": 4, "seq_length": 30}, "--seq-length 30"),
     ],
 )
@@ -166,8 +172,13 @@ def test_flags_of_the_running_megatron_script_are_refused(
     monkeypatch.setitem(sys.modules, "megatron.training.global_vars", running)
     with pytest.raises((NotImplementedError, ValueError), match=words):
         model()
-    running._GLOBAL_ARGS = types.SimpleNamespace(sequence_parallel=True)  # pyright: ignore
-    model()
+    for fine in (
+        {"sequence_parallel": True},
+        {"cuda_graph_impl": "local"},
+        {"create_attention_mask_in_dataloader": True},
+    ):
+        running._GLOBAL_ARGS = types.SimpleNamespace(**fine)  # pyright: ignore
+        model()
 
 
 def test_unsupported_versions_of_megatron_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

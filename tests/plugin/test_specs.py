@@ -12,6 +12,7 @@ import torch
 from mcore_harness import batch, build_gpt, randomise, relative_errors, tiny_config
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.torch_norm import L2Norm
@@ -141,6 +142,19 @@ def test_every_norm_of_a_local_model_is_ours_and_shards_along_the_sequence() -> 
             for n in ("input_layernorm", "pre_mlp_layernorm")
         ]
         assert all(type(norm) is Norm and norm.reduce_weight_gradient for norm in norms)
+
+
+def test_a_stock_model_beside_ours_keeps_its_own_final_norm() -> None:
+    """The final norm travels in our specs' metainfo; importing this package changes no other model."""
+    config = tiny_config()
+    stock = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    before = type(build_gpt(config, stock).decoder.final_layernorm)
+    ours = build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK))
+    assert type(ours.decoder.final_layernorm) is Norm
+    assert type(build_gpt(config, stock).decoder.final_layernorm) is before
+    assert before is not Norm
+    compat.let_layer_specs_name_the_final_norm()
+    assert not hasattr(transformer_block._get_block_submodules.__wrapped__, "__wrapped__"), "wrapped once"
 
 
 def test_stock_fields_arrive_unchanged() -> None:
