@@ -83,7 +83,7 @@ def let_layer_specs_name_the_final_norm() -> None:
         norm = getattr(spec, "metainfo", {}).get(FINAL_NORM)
         return block if norm is None else dataclasses.replace(block, layer_norm=norm)
 
-    with_final_norm.reads_metainfo = True  # pyright: ignore[reportFunctionMemberAccess]
+    with_final_norm.reads_metainfo = True  # pyright: ignore[reportAttributeAccessIssue]
     transformer_block._get_block_submodules = with_final_norm
 
 
