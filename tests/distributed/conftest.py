@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 RANKS = 4
 LIMIT_SECONDS = 400
-MODULES = ("cases_parity", "cases_training", "cases_checkpoint")
+MODULES = ("cases_parity", "cases_training", "cases_checkpoint", "cases_loss")
 
 
 class Launched:
