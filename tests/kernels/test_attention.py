@@ -208,7 +208,7 @@ def test_custom_op_schema_autograd_and_fake_kernels():
         "fraction_size",
     )
     args = (*(x.requires_grad_() for x in (q, k, v, u)), *(getattr(selection, f) for f in fields))
-    settings = (None, 4, 6, 64, 16, "key_value", 0.125)
+    settings = (None, 4, 6, 64, 16, 0, "key_value", 0.125)
     torch.library.opcheck(torch.ops.sparsek.attention.default, (*args, *settings))
 
 

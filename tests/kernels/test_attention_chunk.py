@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sequence attended chunk by chunk gets the outputs of the whole, wherever it is cut; the state never grows."""
+"""A sequence attended chunk by chunk gets the outputs and gradients of the whole, wherever it is cut; the state never
+grows.
+"""
 
+import attention_oracle
 import pytest
 import torch
 from sparsek_kernels import AttentionState, sparsek_attention, sparsek_attention_chunk
+from sparsek_kernels.attention import plan
 
 CUTS = {
     "one token at a time": [1] * 12,
@@ -63,8 +67,6 @@ def test_what_does_not_fit_the_state_is_named():
         ValueError, match=r"state.key is torch.float32 \(1, 17, 1, 64\) on cpu; this call needs"
     ):
         sparsek_attention_chunk(q, k, v, u, **{**options, "window": 7}, state=state)
-    with pytest.raises(NotImplementedError, match="has no gradient: call it under"):
-        sparsek_attention_chunk(q.requires_grad_(), k, v, u, **options)
 
 
 def test_float64_inputs_are_computed_in_float64():
@@ -73,3 +75,91 @@ def test_float64_inputs_are_computed_in_float64():
     pieces, _ = in_chunks(inputs, [40, 50], **options)
     whole = sparsek_attention(*inputs, **options)
     assert ((pieces - whole).norm() / whole.norm()).item() < 1e-12
+
+
+NAMES = ("out", "dq", "dk", "dv", "du")
+
+
+def gradients(function, inputs, seed=5):
+    """Output, and gradients of a random linear functional of it."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out))]
+
+
+def check_gradients(inputs, sizes, expected, tolerance, **options):
+    actual = gradients(lambda leaves: in_chunks(leaves, sizes, **options)[0], inputs)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert torch.isfinite(a).all(), name
+        difference = ((a.double() - e.double()).norm() / (e.norm() or 1.0)).item()
+        assert difference < tolerance, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.parametrize("gate", ["key_value", "value", "logit"])
+@pytest.mark.parametrize(
+    ("sizes", "topk", "window", "stride", "pool"),
+    [
+        ([13, 1, 30, 7, 24], 4, 5, 1, 9),
+        ([16, 32, 8, 40], 6, 8, 8, 24),
+        ([3, 2, 40, 21], 3, 7, 5, 12),
+        ([20, 20, 20], 8, 4, 16, 8),
+    ],
+)
+def test_gradients_through_the_state_equal_brute_force(gate, sizes, topk, window, stride, pool):
+    """Members of F outside the top-k included: their scores get a gradient across chunks, never attended."""
+    inputs = [x.double() for x in make_inputs(sum(sizes), hq=4, hkv=2, d=8, batch=2)]
+    inputs[3] *= 0.5
+    settings = {"topk": topk, "window": window, "stride": stride, "pool": pool, "gate": gate}
+    expected = gradients(lambda leaves: attention_oracle.attention(*leaves, **settings), inputs)
+    check_gradients(inputs, sizes, expected, 1e-10, backend="torch", **settings)
+
+
+HARD = {
+    "rising": lambda u, ramp: ramp + u / 10,  # segments with more entrants than they keep
+    "falling": lambda u, ramp: u / 10 - ramp,
+    "equal": lambda u, ramp: u * 0,
+    "immortal": lambda u, ramp: u.index_fill(1, torch.tensor([7]), 100.0),
+    "random": lambda u, ramp: u,
+}
+
+
+AT_REFRESH_POINTS = ([64, 128, 40], 8, 16, 64, 2, 1)  # and then not
+LONG_WINDOW = ([37, 101, 60], 8, 90, 64, 1, 1)  # longer than a chunk
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "topk", "window", "stride", "hq", "hkv"),
+    [
+        *((shape, *AT_REFRESH_POINTS) for shape in HARD),
+        ("random", *LONG_WINDOW),
+        ("rising", *LONG_WINDOW),
+        ("random", [45, 1, 100], 8, 12, 8, 3, 1),
+        ("rising", [45, 1, 100], 8, 12, 8, 2, 2),
+        ("random", [70, 31], 5, 6, 1, 2, 1),
+    ],
+)
+def test_triton_gradients_through_the_state(monkeypatch, shape, sizes, topk, window, stride, hq, hkv):
+    monkeypatch.setattr(plan, "SEGMENT_QUERIES", 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = list(make_inputs(sum(sizes), hq=hq, hkv=hkv, d=64))
+    ramp = torch.arange(sum(sizes))[None, :, None].expand_as(inputs[3]) / 20
+    inputs[3] = HARD[shape](inputs[3], ramp)
+    inputs = [x.to(device) for x in inputs]
+    settings = {"topk": topk, "window": window, "stride": stride, "gate": "key_value"}
+    expected = gradients(
+        lambda leaves: sparsek_attention(*leaves, backend="torch", **settings), [x.double() for x in inputs]
+    )
+    check_gradients(inputs, sizes, expected, 3e-6, backend="triton", **settings)
+
+
+@pytest.mark.parametrize("gate", ["value", "logit"])
+def test_triton_gradients_of_every_gate(monkeypatch, gate):
+    monkeypatch.setattr(plan, "SEGMENT_QUERIES", 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [x.to(device) for x in make_inputs(150, hq=2, hkv=1, d=64)]
+    settings = {"topk": 6, "window": 10, "stride": 16, "gate": gate}
+    expected = gradients(
+        lambda leaves: sparsek_attention(*leaves, backend="torch", **settings), [x.double() for x in inputs]
+    )
+    check_gradients(inputs, [70, 50, 30], expected, 3e-6, backend="triton", **settings)

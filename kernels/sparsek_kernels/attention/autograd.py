@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton backend as torch custom ops: fake kernels for compilation, autograd, and the public composition.
 
-`sparsek::attention` takes a finished selection, so a recomputed forward (activation checkpointing) and CUDA
-graphs see plain tensors in and out. Its backward also returns the score gradient, from per-key and per-query
-gate gradients and the intervals of F (`score_gradient`).
+`sparsek::attention` takes a finished selection and the keys it speaks of (E keys in `selection.types`), so a recomputed
+forward (activation checkpointing) and CUDA graphs see plain tensors in and out. Its backward also returns the score
+gradient, from per-key and per-query gate gradients and the intervals of F (`score_gradient`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from sparsek_kernels.attention.backward_query import attention_backward_query
 from sparsek_kernels.attention.forward import attention_forward
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP, AttentionPlan
 from sparsek_kernels.selection import Selection, score_gradient, select
-from sparsek_kernels.selection.torch_backend import extend_scores
 
 
 def _unpack(query: torch.Tensor, key: torch.Tensor, selected: tuple) -> tuple[AttentionPlan, Selection]:
     """Plan and selection of a call from the arguments both ops end with (`_SELECTION` below)."""
-    *tensors, cu_seqlens, topk, window, stride, pool, gate, softmax_scale = selected
-    sizes = {"topk": topk, "window": window, "stride": stride, "pool": pool, "cu_seqlens": cu_seqlens}
+    *tensors, cu_seqlens, topk, window, stride, pool, past, gate, softmax_scale = selected
+    sizes = {
+        "topk": topk,
+        "window": window,
+        "stride": stride,
+        "pool": pool,
+        "past": past,
+        "cu_seqlens": cu_seqlens,
+    }
     return AttentionPlan(query, key, gate=gate, softmax_scale=softmax_scale, **sizes), Selection(
         *tensors, **sizes
     )
@@ -59,10 +65,10 @@ def _attention_backward_fake(d_out, query, key, value, scores, *_rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, topk, window, stride, pool, gate, softmax_scale = inputs
+    *tensors, topk, window, stride, pool, past, gate, softmax_scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = (topk, window, stride, pool, gate, softmax_scale)
+    ctx.settings = (topk, window, stride, pool, past, gate, softmax_scale)
 
 
 def _backward(ctx, d_out, _d_lse):
@@ -71,14 +77,14 @@ def _backward(ctx, d_out, _d_lse):
     gradients = torch.ops.sparsek.attention_backward(
         d_out, query, key, value, scores, out, lse, *selection, cu_seqlens, *ctx.settings
     )
-    return (*gradients, *(None,) * 14)
+    return (*gradients, *(None,) * 15)
 
 
 # `Library` rather than `custom_op`: its calls cost tens of microseconds less on the host.
 _SELECTION = (
     "Tensor threshold, Tensor threshold_low, Tensor evict, Tensor lists, Tensor fraction_start, Tensor fraction_end, "
-    "Tensor fraction_size, Tensor? cu_seqlens, int topk, int window, int stride, int pool, str gate, "
-    "float softmax_scale"
+    "Tensor fraction_size, Tensor? cu_seqlens, int topk, int window, int stride, int pool, SymInt past, "
+    "str gate, float softmax_scale"
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor scores"
 _LIBRARY = torch.library.Library("sparsek", "FRAGMENT")
@@ -113,23 +119,31 @@ def _check_supported(query: torch.Tensor, key: torch.Tensor) -> None:
         )
 
 
-def triton_chunk(query, key, value, scores, selection, before, *, gate, softmax_scale) -> torch.Tensor:
-    """Forward of one chunk on the keys of its `Selection`: key, value [b, E, hkv, d], scores [b, s, hkv]."""
+def attend_selected(query, key, value, scores, selection, *, gate: str, softmax_scale: float) -> torch.Tensor:
+    """The custom op on a finished selection: key, value [b, E, hkv, d], scores [b, E, hkv] of its E keys."""
     _check_supported(query, key)
-    plan = AttentionPlan(
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return torch.ops.sparsek.attention(
         query,
         key,
-        topk=selection.topk,
-        window=selection.window,
-        stride=selection.stride,
-        pool=selection.pool,
-        gate=gate,
-        softmax_scale=softmax_scale,
-        past=selection.past,
-    )
-    row_scores = extend_scores(scores, before).transpose(1, 2).contiguous()
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return attention_forward(plan, query, key, value, row_scores, selection)[0]
+        value,
+        scores,
+        selection.threshold,
+        selection.threshold_low,
+        selection.evict,
+        selection.lists,
+        selection.fraction_start,
+        selection.fraction_end,
+        selection.fraction_size,
+        selection.cu_seqlens,
+        selection.topk,
+        selection.window,
+        selection.stride,
+        selection.pool,
+        selection.past,
+        gate,
+        softmax_scale,
+    )[0]
 
 
 def triton_attention(
@@ -148,7 +162,6 @@ def triton_attention(
 ) -> torch.Tensor:
     """`sparsek_attention` on CUDA, arguments already validated: selection, then attention on it."""
     _check_supported(query, key)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     with torch.no_grad():
         selection = select(
             scores,
@@ -159,23 +172,4 @@ def triton_attention(
             hard=pool == topk,
             cu_seqlens=cu_seqlens,
         )
-    return torch.ops.sparsek.attention(
-        query,
-        key,
-        value,
-        scores,
-        selection.threshold,
-        selection.threshold_low,
-        selection.evict,
-        selection.lists,
-        selection.fraction_start,
-        selection.fraction_end,
-        selection.fraction_size,
-        cu_seqlens,
-        topk,
-        window,
-        stride,
-        pool,
-        gate,
-        softmax_scale,
-    )[0]
+    return attend_selected(query, key, value, scores, selection, gate=gate, softmax_scale=softmax_scale)

@@ -25,15 +25,22 @@ from sparsek_kernels.attention.tile import (
 def attention_backward_query_kernel(
     Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, OUT, D_OUT, LSE, D_Q, DELTA, QUERY_SUM,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    tokens, slots, list_tiles, kv_heads, scale, scale_log2, floor,
+    tokens, slots, list_tiles, kv_heads, past, scale, scale_log2, floor,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
     GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
+    CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, b * hkv). OUT, D_Q [b, s, hq, d] contiguous; DELTA [b, hq, s]; QUERY_SUM [b, hkv, s]."""
+    """Grid (query tiles, b * hkv). OUT, D_Q [b, s, hq, d] contiguous; DELTA [b, hq, s]; QUERY_SUM [b, hkv, s].
+
+    CARRIED, past: as in the forward kernel.
+    """
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // kv_heads, bh % kv_heads
     first, start, end, slot0, list0, _ = sequence_tile(TILES, tl.program_id(0), tokens, QUERIES, PACKED)
+    if CARRIED > 0:
+        first -= past % QUERIES
+        start, slot0, list0 = -past, -(past // STRIDE), -(past // LIST_TILE)
     if first >= end:
         return
 
@@ -41,7 +48,10 @@ def attention_backward_query_kernel(
     row = tl.arange(0, ROWS)
     token = first + row // GROUP_PAD
     member = row % GROUP_PAD
-    row_ok = (token < end) & (member < GROUP)
+    token_ok = token < end
+    if CARRIED > 0:
+        token_ok &= token >= 0
+    row_ok = token_ok & (member < GROUP)
     dim = tl.arange(0, D_PAD)
     dim_ok = dim < D
     ok_2d = row_ok[:, None] & dim_ok[None, :]
@@ -62,12 +72,16 @@ def attention_backward_query_kernel(
 
     k_base = K + batch * k_batch + head * k_head + dim[None, :]
     v_base = V + batch * v_batch + head * v_head + dim[None, :]
-    u_base = U + bh * tokens
-    evict_base = EVICT + bh * tokens
+    u_base = U + bh * (CARRIED + tokens)
+    evict_base = EVICT + bh * (CARRIED + tokens)
 
     position = first - start
+    if CARRIED > 0:
+        position = tl.maximum(position, past)
     tile = position // LIST_TILE
     base = tile * LIST_TILE
+    if CARRIED > 0:
+        base = tl.maximum(base, past // STRIDE * STRIDE)
     list_base = LISTS + (bh * list_tiles + list0 + tile) * TOPK
     count = tl.minimum(tl.maximum(base - WINDOW + 1, 0), TOPK)
     if UNIFORM:
@@ -77,8 +91,8 @@ def attention_backward_query_kernel(
     else:
         refresh = (token - start) // STRIDE
         slot = bh * slots + slot0 + refresh
-        tau = tl.load(TAU + slot, mask=token < end, other=0.0)[:, None]
-        tau_low = tl.load(TAU_LOW + slot, mask=token < end, other=0.0)[:, None]
+        tau = tl.load(TAU + slot, mask=token_ok, other=0.0)[:, None]
+        tau_low = tl.load(TAU_LOW + slot, mask=token_ok, other=0.0)[:, None]
         local_from = (start + refresh * STRIDE - WINDOW + 1)[:, None]
 
     d_q = tl.zeros([ROWS, D_PAD], tl.float32)
@@ -115,7 +129,7 @@ def attention_backward_query_kernel(
     if UNIFORM:
         mid = lo + tl.maximum(first - lo + 1, 0) // KEYS * KEYS
         for n in tl.range(lo, mid, KEYS):
-            offset = (n + lane).to(tl.int64)[:, None]
+            offset = (CARRIED + n + lane).to(tl.int64)[:, None]
             k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
             v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
             qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
@@ -128,7 +142,7 @@ def attention_backward_query_kernel(
     for n in tl.range(mid, hi, KEYS):
         j = n + lane
         ok = j < hi
-        offset = j.to(tl.int64)[:, None]
+        offset = (CARRIED + j).to(tl.int64)[:, None]
         k = tl.load(k_base + offset * k_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
         v = tl.load(v_base + offset * v_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
@@ -138,8 +152,8 @@ def attention_backward_query_kernel(
             weight = tl.where(visible, tl.math.exp2(qk * scale_log2 - lse[:, None]), 0.0)
             d_qk = weight * (d_output - delta)
         else:
-            u = tl.load(u_base + j, mask=ok, other=0.0)
-            alive = tl.load(evict_base + j, mask=ok, other=0)
+            u = tl.load(u_base + CARRIED + j, mask=ok, other=0.0)
+            alive = tl.load(evict_base + CARRIED + j, mask=ok, other=0)
             local = j[None, :] >= local_from
             gate = tl.where(local, 1.0, clamp_gate(u[None, :], tau, tau_low, floor))
             logits = gated_logits(qk, gate, scale_log2, GATE)
@@ -153,7 +167,10 @@ def attention_backward_query_kernel(
     tl.store(D_Q + own_rows[:, None] + dim[None, :], (d_q * scale).to(D_Q.dtype.element_ty), mask=ok_2d)
     gate_sum = tl.sum(tl.reshape(gate_sum, [QUERIES, GROUP_PAD]), 1)
     own_token = first + tl.arange(0, QUERIES)
-    tl.store(QUERY_SUM + bh * tokens + own_token, gate_sum, mask=own_token < end)
+    own_ok = own_token < end
+    if CARRIED > 0:
+        own_ok &= own_token >= 0
+    tl.store(QUERY_SUM + bh * tokens + own_token, gate_sum, mask=own_ok)
 
 
 def attention_backward_query(plan, query, key, value, scores, selection, out, d_out, lse):
@@ -169,8 +186,8 @@ def attention_backward_query(plan, query, key, value, scores, selection, out, d_
         query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
         tiles, out, d_out, lse, d_query, delta, query_sum,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
-        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads,
+        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.past,
         plan.scale, plan.scale_log2, plan.floor,
-        **plan.constants(tiling), GROUP_PAD=plan.group_pad, **tiling.launch,
+        **plan.constants(tiling), GROUP_PAD=plan.group_pad, CARRIED=plan.carried, **tiling.launch,
     )  # fmt: skip
     return d_query, delta, query_sum

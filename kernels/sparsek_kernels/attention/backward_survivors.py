@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.attention.key_step import key_step, query_rows
-from sparsek_kernels.attention.segments import leave_window
-from sparsek_kernels.attention.tile import clamp_gate, is_fractional, sequence_tile
+from sparsek_kernels.attention.segments import leave_window, segment_tile
+from sparsek_kernels.attention.tile import clamp_gate, is_fractional
 
 
 @triton.jit
@@ -21,11 +21,12 @@ def attention_backward_survivors_kernel(
     Q, K, V, U, TAU, TAU_LOW, EVICT, TILES, D_OUT, LSE, DELTA,
     LISTS, ENTRANTS, ENTRANT_COUNT, PART_K, PART_V, PART_GATE,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    tokens, slots, segments, kv_heads, scale, scale_log2, floor, list_tiles,
+    tokens, past, slots, segments, kv_heads, scale, scale_log2, floor, list_tiles,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr, SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     GATE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
+    CARRIED: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Grid (segments * (ceil(TOPK / KEYS) + ceil(CAPACITY / KEYS)), b * hkv): blocks of the list, then of the entrants.
 
@@ -37,13 +38,15 @@ def attention_backward_survivors_kernel(
     BLOCKS: tl.constexpr = LIST_BLOCKS + (CAPACITY + KEYS - 1) // KEYS
     segment = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    first, start, end, slot0, list0, _ = sequence_tile(TILES, segment, tokens, SEGMENT, PACKED)
+    first, start, end, slot0, own_list, base = segment_tile(
+        TILES, segment, tokens, past, SEGMENT, STRIDE, LIST_TILE, PACKED, CARRIED
+    )
     if first >= end:
         return
     if block < LIST_BLOCKS:
         first_entry = block * KEYS
-        count = tl.minimum(tl.maximum(first - start - WINDOW + 1, 0), TOPK)
-        entries = LISTS + (bh * list_tiles + list0 + (first - start) // LIST_TILE) * TOPK
+        count = tl.minimum(tl.maximum(base - start - WINDOW + 1, 0), TOPK)
+        entries = LISTS + (bh * list_tiles + own_list) * TOPK
         first_row = segment * (TOPK + CAPACITY) + first_entry
     else:
         first_entry = (block - LIST_BLOCKS) * KEYS
@@ -57,10 +60,14 @@ def attention_backward_survivors_kernel(
     lane = tl.arange(0, KEYS)
     ok = first_entry + lane < count
     j = tl.load(entries + first_entry + lane, mask=ok, other=0)
-    u = tl.load(U + bh * tokens + j)[:, None]
+    keys = CARRIED + tokens
+    u = tl.load(U + bh * keys + j)[:, None]
     stop = tl.minimum(first + SEGMENT, end)
-    alive = tl.where(ok, tl.minimum(tl.load(EVICT + bh * tokens + j), stop), 0)
-    since = tl.maximum(leave_window(j, start, WINDOW, STRIDE), first)  # before, the band pass owns the key
+    alive = tl.where(ok, tl.minimum(tl.load(EVICT + bh * keys + j), stop), 0)
+    # Before, the band pass owns the key.
+    since = tl.maximum(leave_window(j - CARRIED, start, WINDOW, STRIDE), base)
+    if CARRIED > 0:
+        since = tl.where(j < POOL, base, since)
     lo = tl.min(tl.where(ok, since, stop), 0)
     dim = tl.arange(0, D_PAD)[None, :]
     dim_ok = dim < D
@@ -78,11 +85,11 @@ def attention_backward_survivors_kernel(
     gate_sum = tl.zeros([KEYS], tl.float32)
     for n in tl.range(0, tl.cdiv(tl.max(alive, 0) - lo, QUERIES) * GROUP):  # queries outer, heads inner
         i = lo + n // GROUP * QUERIES
-        if UNIFORM and not PACKED:
+        if UNIFORM and not PACKED and CARRIED == 0:
             i = tl.multiple_of(i, QUERIES)
         token, q, d_out, lse, delta = query_rows(
             q_base, do_base, LSE + stat_base, DELTA + stat_base, i, n % GROUP, end, tokens,
-            q_token, q_head, do_token, do_head, D, D_PAD, QUERIES,
+            q_token, q_head, do_token, do_head, D, D_PAD, QUERIES, CARRIED,
         )  # fmt: skip
         if UNIFORM:
             slot = tau_base + (i - start) // STRIDE

@@ -42,14 +42,16 @@ def key_step(
 @triton.jit
 def query_rows(
     q_base, do_base, lse_base, delta_base, i, member, end, tokens, q_token, q_head, do_token, do_head,
-    D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     """(token, q, d_out, lse, delta) of QUERIES consecutive queries from i of one head of the group.
 
-    Rows past the end of the sequence are zero and get lse = inf, hence weight 0.
+    Rows past the end of the sequence, and before a call that continues one, are zero and get lse = inf, hence weight 0.
     """
     token = i + tl.arange(0, QUERIES)
     ok = token < end
+    if CARRIED > 0:
+        ok &= token >= 0
     dim = tl.arange(0, D_PAD)[None, :]
     ok_2d = ok[:, None] & (dim < D)
     row = token.to(tl.int64)

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsek_kernels.operator import sparsek
 from sparsek_kernels.selection import SelectionState, pool_indices
-from sparsek_kernels.selection.torch_backend import extend_scores
 
 QUERIES_PER_CHUNK = 1024
 
@@ -120,14 +119,15 @@ def attend_sequence(
     softmax_scale: float,
     state: SelectionState | None = None,
 ) -> torch.Tensor:
-    """One sequence per row: query [b, s, hq, d], key/value [b, E, hkv, d], scores [b, s, hkv] -> [b, s, hq, d].
+    """One sequence per row: query [b, s, hq, d], key/value [b, E, hkv, d], scores [b, E, hkv] -> [b, s, hq, d].
 
     E = s, or with a state all keys this call can see (`selection.types`); rows that no query attends to are not read.
+    The state's own scores decide the selection; gradients go to `scores`.
     """
     batch, length, heads, dim = query.shape
     groups = key.shape[2]
     index = pool_indices(
-        scores.detach().float(),
+        scores[:, -query.shape[1] :].detach().float(),
         topk=topk,
         window=window,
         stride=stride,
@@ -139,7 +139,7 @@ def attend_sequence(
     slots, front = index.shape[2], past % stride  # the first refresh point may lie before this call
     padded = torch.nn.functional.pad(query, (0, 0, 0, 0, front, slots * stride - length - front))
     q = padded.view(batch, slots, stride, groups, heads // groups, dim).permute(0, 3, 4, 1, 2, 5)
-    k, v, u = key.transpose(1, 2), value.transpose(1, 2), extend_scores(scores, state).transpose(1, 2)
+    k, v, u = (x.transpose(1, 2) for x in (key, value, scores))
     shift = key.shape[1] - length - past
 
     step = max(1, QUERIES_PER_CHUNK // stride)
