@@ -3,6 +3,7 @@
 
 from .attention.api import sparsek_attention
 from .attention.chunk import AttentionState, sparsek_attention_chunk
+from .cache import SparseKCache
 from .operator import sparsek
 from .selection import Selection, SelectionState, select
 
@@ -10,6 +11,7 @@ __all__ = [
     "AttentionState",
     "Selection",
     "SelectionState",
+    "SparseKCache",
     "select",
     "sparsek",
     "sparsek_attention",
