@@ -10,7 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import make_keys
+from .keys import EMPTY, LOW, make_keys
+
+
+@triton.jit
+def _bound(bound_ptr, slot, mask, scores, stride, INDEXED: tl.constexpr):
+    """Boundary keys of slots, stored as keys or (INDEXED) as indices of keys, LOW where there is none."""
+    if INDEXED:
+        index = tl.load(bound_ptr + slot, mask=mask, other=LOW)
+        score = tl.load(scores + index.to(tl.int64) * stride, mask=mask & (index != LOW), other=float("-inf"))
+        return make_keys(score, index)
+    else:
+        return tl.load(bound_ptr + slot, mask=mask, other=EMPTY)
+
+
+@triton.jit
+def _threshold(high_ptr, low_ptr, slot, mask):
+    """tau of slots in float64, exactly as stored."""
+    high = tl.load(high_ptr + slot, mask=mask, other=0.0).to(tl.float64)
+    return high + tl.load(low_ptr + slot, mask=mask, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -18,7 +36,8 @@ def intervals(
     score_ptr,
     best_ptr,
     worst_ptr,
-    tau_ptr,
+    high_ptr,
+    low_ptr,
     evict_ptr,
     start_ptr,
     end_ptr,
@@ -43,8 +62,10 @@ def intervals(
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     STATE: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
-    """Grid (blocks of BLOCK keys, rows). Writes evict, fraction_start and fraction_end [rows, num_keys]."""
+    """Grid (blocks of BLOCK keys, rows). Writes evict, fraction_start and fraction_end [rows, num_keys]. INDEXED as in
+    `walk`."""
     row = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < num_keys
@@ -80,7 +101,8 @@ def intervals(
     u = score.to(tl.float64)
     best_ptr += row * num_slots
     worst_ptr += row * num_slots
-    tau_ptr += row * num_slots
+    high_ptr += row * num_slots
+    low_ptr += row * num_slots
 
     leave = tl.minimum(first_slot + arrival, stop)
     start = leave
@@ -91,20 +113,20 @@ def intervals(
     for _ in range(steps):
         open_ = live & (leave < leave_stop)
         middle = (leave + leave_stop) // 2
-        holds = tl.load(best_ptr + middle, mask=open_, other=0) > key
+        holds = _bound(best_ptr, middle, open_, scores, score_stride_s, INDEXED) > key
         leave_stop = tl.where(open_ & holds, middle, leave_stop)
         leave = tl.where(open_ & (holds == 0), middle + 1, leave)
 
         open_ = live & (start < start_stop)
         middle = (start + start_stop) // 2
-        holds = u - tl.load(tau_ptr + middle, mask=open_, other=0.0) < 1.0
+        holds = u - _threshold(high_ptr, low_ptr, middle, open_) < 1.0
         start_stop = tl.where(open_ & holds, middle, start_stop)
         start = tl.where(open_ & (holds == 0), middle + 1, start)
 
         open_ = live & (end < end_stop)
         middle = (end + end_stop) // 2
-        holds = u - tl.load(tau_ptr + middle, mask=open_, other=0.0) <= 0.0
-        holds = holds | (tl.load(worst_ptr + middle, mask=open_, other=0) > key)
+        holds = u - _threshold(high_ptr, low_ptr, middle, open_) <= 0.0
+        holds = holds | (_bound(worst_ptr, middle, open_, scores, score_stride_s, INDEXED) > key)
         end_stop = tl.where(open_ & holds, middle, end_stop)
         end = tl.where(open_ & (holds == 0), middle + 1, end)
     start = tl.minimum(start, end)

@@ -1,22 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches the selection kernels. Grids and buffers depend on shapes only, so the host never waits for the device.
 
-Transient bytes per candidate and row: 8 (Y) + 8 SIZE / BLOCK (X) + 8 SIZE / (BLOCK GROUP) (carries), and 24 per slot.
+What follows from shapes and settings (launch shapes, sizes, the arguments of every kernel) is derived once and kept in
+a `Call`; a repeated call allocates six buffers and launches.
+
+Transient bytes per candidate and row: 8 (Y) + 8 SIZE / BLOCK (X) + 8 SIZE / (BLOCK GROUP) (carries), gone before the
+intervals are written, and per slot 16, or 8 where slots are many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
+from typing import Any
 
 import torch
+
+from sparsek_kernels.launch import Launch
 
 from .geometry import Geometry
 from .interval_kernel import intervals
 from .prefix_kernels import add_carries, scan_carries, scan_groups, sequence_table, sort_blocks
+from .threshold import join
 from .torch_backend import EMPTY, extend_scores, next_state
 from .types import Selection, SelectionState, list_tile
 from .walk_kernel import walk
+
+INDEXED_STRIDE = 8
+"""Below this stride a slot's boundaries are kept as int32 indices, not int64 keys: slower searches, half the memory."""
+CALLS = 256
+"""Shapes whose launches are remembered."""
+TABLES = ("slot_table", "tile_table", "block_table", "list_table")
 
 
 @dataclass(frozen=True)
@@ -60,222 +75,204 @@ def make_plan(candidates: int, slots: int, rows: int, pool: int) -> Plan:
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What the kernels write, rows = b * hkv first: the fields of `Selection`, then Y and X for `last_pool`."""
+class Shape:
+    """What the launches of a call depend on: scores [b, num_keys, heads], their strides, and the settings.
 
-    high: torch.Tensor
-    low: torch.Tensor
-    evict: torch.Tensor
-    lists: torch.Tensor
-    start: torch.Tensor
-    end: torch.Tensor
-    size: torch.Tensor
-    tau: torch.Tensor
-    sorted_blocks: torch.Tensor
-    best_before: torch.Tensor
-    plan: Plan
+    aligned   whether the addresses of scores and cu_seqlens are multiples of 16
+    num_seqs  packed sequences, None where unpacked
+    """
 
+    device: torch.device
+    b: int
+    num_keys: int
+    heads: int
+    strides: tuple[int, ...]
+    aligned: tuple[bool, ...]
+    num_seqs: int | None
+    topk: int
+    hard: bool
+    geometry: Geometry
 
-def run_kernels(
-    extended: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    topk: int,
-    geometry: Geometry,
-    hard: bool,
-    plan: Plan | None = None,
-) -> Outputs:
-    """All kernels of one call. extended [b, E, hkv] float32."""
-    b, num_keys, heads = extended.shape
-    rows, device = b * heads, extended.device
-    window, stride, pool = geometry.window, geometry.stride, geometry.pool
-    tile = list_tile(stride)
-    packed, state = cu_seqlens is not None, int(geometry.stateful)
-    if cu_seqlens is not None:
-        num_seqs = cu_seqlens.numel() - 1
-        num_slots = num_keys // stride + num_seqs
-        num_tiles = num_keys // tile + num_seqs
-        candidates = num_keys
-    else:
-        num_seqs = 1
-        num_slots, num_tiles = geometry.num_slots, geometry.num_tiles
-        candidates = geometry.offered(num_slots - 1)
-    plan = plan or make_plan(candidates, num_slots, rows, pool)
-    size = max(16, _power_of_2(pool))
-    log_size = size.bit_length() - 1
-    block = plan.block
-    if packed:
-        num_blocks, num_lists = num_keys // block + num_seqs, num_keys // block
-    else:
-        num_blocks = -(-candidates // block)
-        num_lists = max(num_blocks, 1) - 1 + state
-    num_groups = -(-num_lists // plan.group)
-    width = num_keys if packed else candidates
+    @property
+    def num_slots(self) -> int:
+        if self.num_seqs is None:
+            return self.geometry.num_slots
+        return self.num_keys // self.geometry.stride + self.num_seqs
 
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    y = empty(rows, width, dtype=torch.int64)
-    x = empty(rows, num_lists, size, dtype=torch.int64)
-    carries = empty(rows, num_groups if num_groups > 1 else 0, size, dtype=torch.int64)
-    best, worst = (empty(rows, num_slots, dtype=torch.int64) for _ in range(2))
-    tau = empty(rows, num_slots, dtype=torch.float64)
-    high, low = (empty(rows, num_slots, dtype=torch.float32) for _ in range(2))
-    count = empty(rows, num_slots, dtype=torch.int32)
-    evict, start, end = (empty(rows, num_keys, dtype=torch.int32) for _ in range(3))
-    if packed:
-        lists = torch.full((rows, num_tiles, topk), -1, dtype=torch.int32, device=device)
-        table = empty(4, num_seqs + 1, dtype=torch.int32)
-        cu, slot_table, tile_table, block_table, list_table = (cu_seqlens, *table.unbind(0))
-        sequence_table[(1,)](
-            cu,
-            slot_table,
-            tile_table,
-            block_table,
-            list_table,
-            num_seqs,
-            window,
-            stride,
-            tile,
-            BLOCK=block,
-            N=1024,
-        )
-    else:
-        lists = empty(rows, num_tiles, topk, dtype=torch.int32)
-        cu = slot_table = tile_table = block_table = list_table = count  # never read
-    strides = extended.stride()
-    y_stride, x_stride, c_stride = y.stride(0), x.stride(0), carries.stride(0)
-    base = geometry.candidate_base
-    if num_blocks:
-        sort_blocks[(num_blocks, rows)](
-            extended,
-            y,
-            cu,
-            block_table,
-            num_seqs,
-            base,
-            candidates,
-            heads,
-            window,
-            stride,
-            y_stride,
-            *strides,
-            BLOCK=block,
-            PACKED=packed,
-            num_warps=plan.sort_warps,
-        )
-    if num_lists:
-        shared = {"GROUP": plan.group, "LOG_SIZE": log_size, "PACKED": packed, "num_warps": plan.scan_warps}
-        scan_groups[(num_groups, rows)](
-            extended,
-            y,
-            x,
-            cu,
-            list_table,
-            num_seqs,
-            num_lists,
-            pool,
-            heads,
-            y_stride,
-            x_stride,
-            *strides,
-            LOG_BLOCK=block.bit_length() - 1,
-            STATE=state,
-            **shared,
-        )
-        if num_groups > 1:
-            scan_carries[(rows,)](x, carries, list_table, num_seqs, num_groups, x_stride, c_stride, **shared)
-            add_carries[(num_lists - plan.group, rows)](
-                x, carries, list_table, num_seqs, x_stride, c_stride, **shared
-            )
-    if num_slots:
-        lead = 0 if packed else -geometry.slot_of(0) % plan.slots
-        walk[(-(-(num_slots + lead) // plan.slots), rows)](
-            y,
-            x,
-            best,
-            worst,
-            tau,
-            high,
-            low,
-            count,
-            lists,
-            cu,
-            slot_table,
-            tile_table,
-            list_table,
-            num_seqs,
-            num_slots,
-            num_tiles,
-            base,
-            candidates,
-            geometry.first_candidate,
-            geometry.first_refresh,
-            topk,
-            pool,
-            window,
-            stride,
-            tile // stride,
-            y_stride,
-            x_stride,
-            plan.slots,
-            lead,
-            LOG_SIZE=log_size,
-            BLOCK=block,
-            TOPK=max(16, _power_of_2(topk)),
-            PACKED=packed,
-            STATE=state,
-            HARD=hard,
-            num_warps=plan.walk_warps,
-            maxnreg=plan.walk_registers,
-        )
-    intervals[(-(-num_keys // 512), rows)](
-        extended,
-        best,
-        worst,
-        tau,
-        evict,
-        start,
-        end,
-        cu,
-        slot_table,
-        num_seqs,
-        num_keys,
-        num_slots,
-        pool,
-        geometry.token_base,
-        base,
-        geometry.past,
-        geometry.s,
-        geometry.first_refresh,
-        heads,
-        window,
-        stride,
-        max(num_slots, num_seqs).bit_length(),
-        *strides,
-        BLOCK=512,
-        PACKED=packed,
-        STATE=state,
-        num_warps=4,
-    )
-    return Outputs(high, low, evict, lists, start, end, count, tau, y, x, plan)
+    @property
+    def num_tiles(self) -> int:
+        if self.num_seqs is None:
+            return self.geometry.num_tiles
+        return self.num_keys // list_tile(self.geometry.stride) + self.num_seqs
 
 
-def last_pool(outputs: Outputs, geometry: Geometry) -> torch.Tensor:
-    """Pool keys [rows, pool] of the last slot of an unpacked call."""
-    offered = geometry.offered(geometry.num_slots - 1)
-    size = outputs.plan.block
-    block = max(-(-offered // size) - 1, 0)
-    before = block - 1 + int(geometry.stateful)
-    parts = [outputs.sorted_blocks[:, block * size : offered]]
-    if before >= 0:
-        parts.append(outputs.best_before[:, before])
-    keys = torch.cat(parts, dim=1)
-    keys = torch.nn.functional.pad(keys, (0, max(0, geometry.pool - keys.shape[1])), value=EMPTY)
-    return keys.sort(dim=1, descending=True).values[:, : geometry.pool]
+class Call:
+    """Sizes and launches of every call of one `Shape`.
+
+    Transient: Y [rows, candidates] and X [rows, lists, SIZE] int64, sorted blocks and the best keys before each;
+    carries [rows, groups, SIZE]; best and worst [rows, slots], the boundaries of top-k and pool.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, geometry = shape, shape.geometry
+        window, stride, pool, topk = geometry.window, geometry.stride, geometry.pool, shape.topk
+        num_keys, num_slots, rows = shape.num_keys, shape.num_slots, shape.b * shape.heads
+        tile, state, packed = list_tile(stride), int(geometry.stateful), shape.num_seqs is not None
+        num_seqs = shape.num_seqs if shape.num_seqs is not None else 1
+        candidates = num_keys if packed else geometry.offered(num_slots - 1)
+        plan = make_plan(candidates, num_slots, rows, pool)
+        size, block = max(16, _power_of_2(pool)), plan.block
+        if packed:
+            num_blocks, num_lists = num_keys // block + num_seqs, num_keys // block
+        else:
+            num_blocks = -(-candidates // block)
+            num_lists = max(num_blocks, 1) - 1 + state
+        num_groups = -(-num_lists // plan.group)
+        num_carries = num_groups if num_groups > 1 else 0
+        self.block, self.x_shape, self.y_shape = block, (rows, num_lists, size), (rows, candidates)
+        self.storage = {
+            "bounds": _parts(best=rows * num_slots, worst=rows * num_slots),
+            "thresholds": _parts(high=rows * num_slots, low=rows * num_slots),
+            "work": _parts(x=rows * num_lists * size, carries=rows * num_carries * size, y=rows * candidates),
+            "table": _parts(**dict.fromkeys(TABLES, num_seqs + 1)),
+            "intervals": _parts(evict=rows * num_keys, start=rows * num_keys, end=rows * num_keys),
+        }
+        self.indexed = stride < INDEXED_STRIDE
+        self.scan: list[Launch] = []
+        y_stride, x_stride, c_stride = candidates, num_lists * size, num_carries * size
+        unread = ("size",) * 5
+        cu, slot_table, tile_table, block_table, list_table = ("cu", *TABLES) if packed else unread
+        scores, base, heads = shape.strides, geometry.candidate_base, shape.heads
+
+        def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+            self.scan.append(Launch(kernel, grid, arguments, constants))
+
+        if packed:
+            launch(
+                sequence_table, (1,), "cu", *TABLES, num_seqs, window, stride, tile, BLOCK=block, N=1024
+            )  # fmt: skip
+        if num_blocks:
+            launch(
+                sort_blocks, (num_blocks, rows),
+                "scores", "y", cu, block_table, num_seqs, base, candidates, heads, window, stride, y_stride, *scores,
+                BLOCK=block, PACKED=packed, num_warps=plan.sort_warps,
+            )  # fmt: skip
+        shared = {
+            "GROUP": plan.group,
+            "LOG_SIZE": size.bit_length() - 1,
+            "PACKED": packed,
+            "num_warps": plan.scan_warps,
+        }
+        if num_lists:
+            launch(
+                scan_groups, (num_groups, rows),
+                "scores", "y", "x", cu, list_table, num_seqs, num_lists, pool, heads, y_stride, x_stride, *scores,
+                LOG_BLOCK=block.bit_length() - 1, STATE=state, **shared,
+            )  # fmt: skip
+        if num_carries:
+            launch(
+                scan_carries, (rows,),
+                "x", "carries", list_table, num_seqs, num_groups, x_stride, c_stride, **shared,
+            )  # fmt: skip
+            launch(
+                add_carries, (num_lists - plan.group, rows),
+                "x", "carries", list_table, num_seqs, x_stride, c_stride, **shared,
+            )  # fmt: skip
+        if num_slots:
+            lead = 0 if packed else -geometry.slot_of(0) % plan.slots
+            launch(
+                walk, (-(-(num_slots + lead) // plan.slots), rows),
+                "y", "x", "best", "worst", "high", "low", "size", "lists", cu, slot_table, tile_table, list_table,
+                num_seqs, num_slots, shape.num_tiles, base, candidates, geometry.first_candidate,
+                geometry.first_refresh, topk, pool, window, stride, tile // stride, y_stride, x_stride,
+                plan.slots, lead,
+                LOG_SIZE=size.bit_length() - 1, BLOCK=block, TOPK=max(16, _power_of_2(topk)), PACKED=packed,
+                STATE=state, HARD=shape.hard, INDEXED=self.indexed,
+                num_warps=plan.walk_warps, maxnreg=plan.walk_registers,
+            )  # fmt: skip
+        self.intervals = Launch(
+            intervals, (-(-num_keys // 512), rows),
+            (
+                "scores", "best", "worst", "high", "low", "evict", "start", "end", cu, slot_table,
+                num_seqs, num_keys, num_slots, pool, geometry.token_base, base, geometry.past, geometry.s,
+                geometry.first_refresh, heads, window, stride, max(num_slots, num_seqs).bit_length(), *scores,
+            ),
+            {"BLOCK": 512, "PACKED": packed, "STATE": state, "INDEXED": self.indexed, "num_warps": 4},
+        )  # fmt: skip
+
+    def run(
+        self, scores: torch.Tensor, cu_seqlens: torch.Tensor | None, want_pool: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """-> (thresholds [2, b, heads, R], sizes [b, heads, R], lists [b, heads, NT, topk],
+        intervals [3, b, heads, E], pool keys of the last slot [b, heads, pool] int64, empty if not wanted)."""
+        shape, rows, slots = self.shape, (self.shape.b, self.shape.heads), self.shape.num_slots
+
+        def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(sizes, dtype=dtype, device=scores.device)
+
+        lists = empty(*rows, shape.num_tiles, shape.topk, dtype=torch.int32)
+        thresholds = empty(2, *rows, slots, dtype=torch.float32)
+        sizes = empty(*rows, slots, dtype=torch.int32)
+        bounds = empty(2, *rows, slots, dtype=torch.int32 if self.indexed else torch.int64)
+        work = empty(self.storage["work"][-1][2], dtype=torch.int64)
+        buffers: dict[str, Any] = {"scores": scores, "size": sizes, "lists": lists}
+        self._add(buffers, "bounds", bounds)
+        self._add(buffers, "thresholds", thresholds)
+        self._add(buffers, "work", work)
+        if cu_seqlens is not None:
+            lists.fill_(-1)
+            buffers["cu"] = cu_seqlens
+            self._add(buffers, "table", empty(4, cu_seqlens.numel(), dtype=torch.int32))
+        for launch in self.scan:
+            launch(buffers)
+        pool = self._last_pool(work).unflatten(0, rows) if want_pool else work.new_empty(0)
+        for name, *_ in self.storage["work"]:
+            del buffers[name]
+        del work  # its memory serves the intervals
+        intervals = empty(3, *rows, shape.num_keys, dtype=torch.int32)
+        self._add(buffers, "intervals", intervals)
+        self.intervals(buffers)
+        return thresholds, sizes, lists, intervals, pool
+
+    def _add(self, buffers: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
+        """The buffers that share one tensor: views for Triton to compile with; addresses once it has, which cost the
+        host less."""
+        if self.intervals.compiled:
+            start, size = tensor.data_ptr(), tensor.element_size()
+            for part, first, _ in self.storage[name]:
+                buffers[part] = start + first * size
+        else:
+            flat = tensor.view(-1)
+            for part, first, last in self.storage[name]:
+                buffers[part] = flat[first:last]
+
+    def _last_pool(self, work: torch.Tensor) -> torch.Tensor:
+        """Pool keys [rows, pool] of the last slot of an unpacked call."""
+        geometry = self.shape.geometry
+        (_, _, x_end), _, (_, y_first, y_end) = self.storage["work"]
+        best_before = work[:x_end].view(self.x_shape)
+        sorted_blocks = work[y_first:y_end].view(self.y_shape)
+        offered = geometry.offered(geometry.num_slots - 1)
+        block = max(-(-offered // self.block) - 1, 0)
+        before = block - 1 + int(geometry.stateful)
+        parts = [sorted_blocks[:, block * self.block : offered]]
+        if before >= 0:
+            parts.append(best_before[:, before])
+        keys = torch.cat(parts, dim=1)
+        keys = torch.nn.functional.pad(keys, (0, max(0, geometry.pool - keys.shape[1])), value=EMPTY)
+        return keys.sort(dim=1, descending=True).values[:, : geometry.pool]
 
 
-_FIELDS = ("high", "low", "evict", "lists", "start", "end", "size")
+def _parts(**counts: int) -> list[tuple[str, int, int]]:
+    """(name, first, last) of buffers that lie one after the other, from their numbers of elements."""
+    parts, first = [], 0
+    for name, count in counts.items():
+        parts.append((name, first, first + count))
+        first += count
+    return parts
+
+
+remembered_call = lru_cache(maxsize=CALLS)(Call)
 
 
 def _op(
@@ -291,16 +288,23 @@ def _op(
     hard: bool,
     want_pool: bool,
 ) -> tuple[torch.Tensor, ...]:
-    geometry = Geometry(past=past, s=s, window=window, stride=stride, pool=pool, stateful=stateful)
-    outputs = run_kernels(extended, cu_seqlens, topk=topk, geometry=geometry, hard=hard)
-    shape = (extended.shape[0], extended.shape[2])
-    kept = tuple(getattr(outputs, name).unflatten(0, shape) for name in _FIELDS)
-    if not want_pool:
-        return (*kept, extended.new_empty(0, dtype=torch.int64), extended.new_empty(0, dtype=torch.float64))
-    return (
-        *kept,
-        last_pool(outputs, geometry).unflatten(0, shape),
-        outputs.tau[:, -1].clone().unflatten(0, shape),
+    shape = _shape(extended, cu_seqlens, past, s, topk, window, stride, pool, stateful, hard)
+    return remembered_call(shape).run(extended, cu_seqlens, want_pool)
+
+
+def _shape(extended, cu_seqlens, past, s, topk, window, stride, pool, stateful, hard) -> Shape:
+    b, num_keys, heads = extended.shape
+    return Shape(
+        device=extended.device,
+        b=b,
+        num_keys=num_keys,
+        heads=heads,
+        strides=extended.stride(),
+        aligned=tuple(x.data_ptr() % 16 == 0 for x in (extended, cu_seqlens) if x is not None),
+        num_seqs=None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        topk=topk,
+        hard=hard,
+        geometry=Geometry(past=past, s=s, window=window, stride=stride, pool=pool, stateful=stateful),
     )
 
 
@@ -313,29 +317,19 @@ def _fake(extended, cu_seqlens, past, s, topk, window, stride, pool, stateful, h
     else:
         num_seqs = cu_seqlens.shape[0] - 1
         slots, tiles = num_keys // stride + num_seqs, num_keys // tile + num_seqs
-
-    def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return extended.new_empty((b, heads, *shape), dtype=dtype)
-
-    kept = (
-        new(torch.float32, slots),
-        new(torch.float32, slots),
-        new(torch.int32, num_keys),
-        new(torch.int32, tiles, topk),
-        new(torch.int32, num_keys),
-        new(torch.int32, num_keys),
-        new(torch.int32, slots),
+    return (
+        extended.new_empty((2, b, heads, slots), dtype=torch.float32),
+        extended.new_empty((b, heads, slots), dtype=torch.int32),
+        extended.new_empty((b, heads, tiles, topk), dtype=torch.int32),
+        extended.new_empty((3, b, heads, num_keys), dtype=torch.int32),
+        extended.new_empty((b, heads, pool) if want_pool else (0,), dtype=torch.int64),
     )
-    if not want_pool:
-        return (*kept, extended.new_empty(0, dtype=torch.int64), extended.new_empty(0, dtype=torch.float64))
-    return (*kept, new(torch.int64, pool), new(torch.float64))
 
 
 _LIBRARY = torch.library.Library("sparsek", "FRAGMENT")
 _LIBRARY.define(
     "select(Tensor extended, Tensor? cu_seqlens, SymInt past, SymInt s, int topk, int window, int stride, int pool, "
-    "bool stateful, bool hard, bool want_pool) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool stateful, bool hard, bool want_pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("select", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsek::select", _fake, lib=_LIBRARY)
@@ -353,7 +347,7 @@ def select_triton(
 ) -> Selection:
     """`select` by kernels; arguments checked by the caller."""
     extended = extend_scores(scores, state)
-    *kept, pool_keys, tau = torch.ops.sparsek.select(
+    thresholds, size, lists, intervals, pool_keys = torch.ops.sparsek.select(
         extended,
         cu_seqlens,
         geometry.past,
@@ -366,9 +360,11 @@ def select_triton(
         hard,
         return_state,
     )
-    high, low, evict, lists, start, end, size = kept
+    high, low = thresholds.unbind(0)
+    evict, start, end = intervals.unbind(0)
     after = None
     if return_state:
+        tau = join(high[..., -1], low[..., -1])
         after = next_state(extended, pool_keys, tau, geometry, state)
     return Selection(
         threshold=high,

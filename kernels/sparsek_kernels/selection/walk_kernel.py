@@ -125,7 +125,6 @@ def walk(
     x_ptr,
     best_ptr,
     worst_ptr,
-    tau_ptr,
     high_ptr,
     low_ptr,
     size_ptr,
@@ -156,6 +155,7 @@ def walk(
     PACKED: tl.constexpr,
     STATE: tl.constexpr,
     HARD: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
     """Grid (pieces of `slots` consecutive slots, rows). A program writes the slots of its piece and no other. The first
     piece is `lead` slots short, so that pieces and blocks begin at the same slots where the sizes allow it."""
@@ -271,9 +271,8 @@ def walk(
                     )
                     fractional += _fractional_x(x, end_scores, tau, pool - pool_y, has_x, CHUNKS, WIDTH)
                 before = tl.maximum(offered, 0)
-                tl.store(best_ptr + out + r, best)
-                tl.store(worst_ptr + out + r, worst)
-                tl.store(tau_ptr + out + r, tau)
+                tl.store(best_ptr + out + r, key_index(best) if INDEXED else best)
+                tl.store(worst_ptr + out + r, key_index(worst) if INDEXED else worst)
                 tl.store(high_ptr + out + r, high)
                 tl.store(low_ptr + out + r, low)
                 tl.store(size_ptr + out + r, fractional)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repeated launches of a Triton kernel without its analysis of the arguments.
+
+Triton's JIT finds out at every call which specialisation of a kernel fits the arguments (type, divisibility by 16 and
+equality to 1 of each), which costs the host more than the launch itself. Where a caller keeps one `Launch` for one set
+of integers, dtypes and pointer alignments, the answer cannot change: the first call goes through the JIT, later
+ones run the kernel it compiled, by the interface that Triton has for kernels compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Launch:
+    """One kernel on one grid. All buffers are aligned to 16 bytes at every call, or at none.
+
+    kernel     a `triton.jit` function
+    grid       up to three ints
+    arguments  its arguments before the compile-time ones, in order: a string names a buffer of the call (a tensor, an
+               address or None), anything else is passed as it is
+    constants  compile-time arguments and compiler options by name
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.arguments, self.constants = kernel, grid, arguments, constants
+        self.compiled: Any = None
+        self.constant_values: list[Any] = []
+
+    def __call__(self, buffers: Mapping[str, torch.Tensor | int | None]) -> None:
+        """Launch. Addresses are allowed from the second call on: the first one needs tensors, for their dtypes."""
+        arguments = [buffers[x] if type(x) is str else x for x in self.arguments]
+        if self.compiled is not None:
+            self.compiled(*arguments, *self.constant_values)
+            return
+        compiled = self.kernel[self.grid](*arguments, **self.constants)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            names = self.kernel.arg_names[len(arguments) :]
+            self.constant_values = [self.constants[name] for name in names]
+            self.compiled = compiled[(*self.grid, 1, 1)[:3]]
