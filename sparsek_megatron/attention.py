@@ -31,6 +31,7 @@ from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import settings_from_environment
+from sparsek_megatron.inference import CachedScores, attend_cached, cache_rows, new_positions, rotary_at
 from sparsek_megatron.norm import QKNorm
 from sparsek_megatron.report import report_once
 from sparsek_megatron.scoring import ScoringNetwork, reference_length
@@ -108,14 +109,16 @@ class SparseKCoreAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
+        attention_bias: Tensor | CachedScores | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attention output [s, b, np/tp * hn], or [t, np/tp * hn] for packed sequences.
 
         query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn], or [t, heads, hn]; attention_bias: scores
-        [b, s, ng/tp] fp32.
+        [b, s, ng/tp] fp32, or with the cache that generation continues.
         """
+        if isinstance(attention_bias, CachedScores):
+            return attend_cached(query, key, value, attention_bias)
         boundaries = packed_boundaries(packed_seq_params)
         refuse.check_mask_type(attn_mask_type, packed=boundaries is not None)
         refuse.check_attention_mask(attention_mask)
@@ -236,13 +239,28 @@ class SparseKSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Output [s, b, h] (its shard under sequence parallelism) and bias, as `SelfAttention.forward`.
 
-        Raises NotImplementedError for inference contexts, an attention bias, or a mask that is not plain
+        With a static inference context the tokens continue the sequences of the layer's cache in it
+        (`sparsek_megatron.inference`).
+
+        Raises NotImplementedError for dynamic inference contexts, an attention bias, or a mask that is not plain
         causal.
         """
-        refuse.check_inference(inference_context if inference_context is not None else inference_params)
-        refuse.check_attention_mask(attention_mask)
+        context = inference_context if inference_context is not None else inference_params
+        refuse.check_inference(context, training=self.training, packed=packed_seq_params is not None)
+        refuse.check_attention_mask(attention_mask, continued=context is not None)
         if attention_bias is not None:
             raise NotImplementedError("attention_bias: not supported; use RoPE for relative positions")
+        if context is not None:
+            cached: Any = self._cached_scores(hidden_states, context)
+            return super().forward(
+                hidden_states,
+                None,  # pyright: ignore[reportArgumentType]
+                key_value_states,
+                context,
+                *args,
+                attention_bias=cached,
+                **kwargs,
+            )
         scores = self.scores(hidden_states, packed_seq_params)
         self._watch_pool(scores, packed=packed_seq_params is not None)
         return super().forward(
@@ -255,6 +273,38 @@ class SparseKSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+
+    def _cached_scores(self, hidden_states: Tensor, context: Any) -> CachedScores:
+        """Scores of new tokens at their positions, and the rows of this layer's cache that take them."""
+        tokens = hidden_states.shape[0] * (
+            self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        )
+        batch = hidden_states.shape[1]
+        cache = cache_rows(context, self, self.sparsek, batch=batch, tokens=tokens)
+        positions = new_positions(context, self.layer_number, tokens)
+        return CachedScores(self.scorer(hidden_states, positions), cache)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The new tokens as they are, with the rotary angles of their positions: the cache keeps what came before.
+
+        Megatron's own method, which allocates and fills its dense key/value memory, is for other layers.
+        """
+        if inference_context is None:
+            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        if rotary_pos_emb is not None:
+            positions = new_positions(inference_context, self.layer_number, query.shape[0])
+            refuse.check_rotary_rows(self.config, positions)
+            rotary_pos_emb = tuple(rotary_at(table, positions) for table in rotary_pos_emb)
+        return query, key, value, rotary_pos_emb, AttnMaskType.causal, None
 
     def _watch_pool(self, scores: Tensor, *, packed: bool) -> None:
         """Every `overflow_interval` training forwards, warn where the pool overflows too often."""

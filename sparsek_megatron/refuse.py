@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
@@ -49,8 +50,8 @@ def check_model_config(config: TransformerConfig) -> None:
         ),
         (
             config.flash_decode,
-            "--flash-decode: it bypasses core attention and would decode densely; leave it out and "
-            "call the model on the whole prefix",
+            "--flash-decode: it bypasses core attention and would decode densely; leave it out: a static inference "
+            "context decodes from SparseK's cache of constant size",
         ),
         (
             getattr(config, "window_size", None) is not None,
@@ -138,12 +139,13 @@ def check_mask_type(attn_mask_type: AttnMaskType | None, *, packed: bool) -> Non
 _last_causal_mask: tuple[weakref.ref[Tensor], int] | None = None
 
 
-def check_attention_mask(mask: Tensor | None) -> None:
+def check_attention_mask(mask: Tensor | None, *, continued: bool = False) -> None:
     """Refuse an explicit mask that is not plain causal: SparseK attention would not apply it.
 
     mask [..., s, s] bool, True where attention is masked out, as Megatron's datasets build it. The check
     reads the whole mask, once per tensor; `--no-create-attention-mask-in-dataloader` saves both. While a CUDA
-    graph is captured nothing can be read: the mask there is one that a warm-up iteration showed.
+    graph is captured nothing can be read: the mask there is one that a warm-up iteration showed. continued: the
+    queries are the last of the keys, as in generation, and the mask [..., s, keys] may be wider than high.
     """
     global _last_causal_mask
     if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -154,8 +156,8 @@ def check_attention_mask(mask: Tensor | None) -> None:
             return
     rows, columns = mask.shape[-2:]
     masked_out = mask if mask.dtype == torch.bool else mask > 0.5
-    causal = torch.ones(rows, columns, dtype=torch.bool, device=mask.device).triu(1)
-    if rows != columns or not bool((masked_out == causal).all()):
+    causal = torch.ones(rows, columns, dtype=torch.bool, device=mask.device).triu(1 + columns - rows)
+    if rows > columns or (rows < columns and not continued) or not bool((masked_out == causal).all()):
         raise NotImplementedError(
             f"attention_mask {tuple(mask.shape)} is not plain causal, and SparseK attention would not "
             "apply it: use --no-create-attention-mask-in-dataloader, and packed_seq_params (cu_seqlens) "
@@ -164,10 +166,28 @@ def check_attention_mask(mask: Tensor | None) -> None:
     _last_causal_mask = (weakref.ref(mask), mask._version)
 
 
-def check_inference(inference_context: object | None) -> None:
-    """Refuse megatron-core's inference contexts, which bypass core attention or grow a dense cache."""
-    if inference_context is not None:
+def check_inference(inference_context: object | None, *, training: bool, packed: bool) -> None:
+    """Refuse an inference context other than a static one, and one in a call that is not generation."""
+    if inference_context is None:
+        return
+    if not isinstance(inference_context, StaticInferenceContext):
         raise NotImplementedError(
-            "inference_context: megatron-core's static and dynamic batching run dense attention over a "
-            "growing cache; call the model on the whole prefix, without an inference context"
+            f"inference_context={type(inference_context).__name__}: dynamic batching bypasses core attention and would "
+            "run dense attention over a growing cache; use StaticInferenceContext (StaticInferenceEngine with "
+            "legacy=True) or examples/generate.py"
+        )
+    if training:
+        raise NotImplementedError("inference_context with a model in training mode: call model.eval() first")
+    if packed:
+        raise NotImplementedError(
+            "packed_seq_params with an inference_context: give each sequence a row of the batch"
+        )
+
+
+def check_rotary_rows(config: TransformerConfig, positions: Tensor) -> None:
+    """Refuse fused RoPE, which takes one position per token, where every row has its own (positions [b, 1])."""
+    if positions.dim() == 2 and config.apply_rope_fusion:
+        raise NotImplementedError(
+            "--apply-rope-fusion: it rotates all rows by the same positions, and here each row has its own; use "
+            "--no-rope-fusion (apply_rope_fusion=False)"
         )
