@@ -8,6 +8,8 @@ Each is switched on for a built Megatron model and changes neither its parameter
     use_tiled_mlp(model, ...)           the MLP's inner activations exist one tile of tokens at a time
 """
 
+from sparsek_megatron.memory.checkpoint_offload import use_checkpoint_offload
 from sparsek_megatron.memory.chunked_loss import use_chunked_loss
+from sparsek_megatron.memory.tiled_mlp import use_tiled_mlp
 
-__all__ = ["use_chunked_loss"]
+__all__ = ["use_checkpoint_offload", "use_chunked_loss", "use_tiled_mlp"]

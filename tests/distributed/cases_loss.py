@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chunked loss of a GPT against Megatron's own output layer and loss on one rank, in float32."""
+"""The chunked loss of a GPT, and the other memory options with it, against whole logits on one rank, in float32."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from mcore_harness import (
 from worker import case
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
-from sparsek_megatron.memory import use_chunked_loss
+from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 
 # Every key is attended: rounding cannot change a selection, so float32 shows what the loss does and nothing else.
 SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def run(
     *, tp: int, sequence_parallel: bool = False, chunk_tokens: int | None = None, chunked: bool = True,
     tied: bool = False, weights: dict[str, torch.Tensor] | None = None,
+    everything: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
     """(whole weights; losses, logits without labels, and whole gradients of unevenly weighted losses)."""
     with parallel(tp=tp):
-        config = tiny_config(sequence_parallel=sequence_parallel)
+        config = tiny_config(sequence_parallel=sequence_parallel, **(FULL if everything else {}))
         spec = get_sparsek_layer_spec(config, sparsek=SPARSEK)
         model = build_gpt(config, spec, share_embeddings_and_output_weights=tied)
         if weights is None:
@@ -42,6 +45,8 @@ def run(
             load_full(model, weights)
         if chunked:
             model = use_chunked_loss(model, chunk_tokens=chunk_tokens)
+        if everything:
+            model = use_tiled_mlp(use_checkpoint_offload(model, num_layers=1), tile_tokens=24)
         tokens, positions, labels = batch()
         importance = torch.linspace(0.0, 2.0, tokens.numel()).view(tokens.shape)
         losses = model(tokens, positions, None, labels=labels)
@@ -93,3 +98,8 @@ def loss_of_tied_embeddings() -> dict[str, float]:
 @case
 def loss_in_one_chunk() -> dict[str, float]:
     return errors(tp=2, sequence_parallel=True)
+
+
+@case
+def loss_with_tiled_mlp_and_offloaded_checkpoints() -> dict[str, float]:
+    return errors(tp=2, sequence_parallel=True, chunk_tokens=24, everything=True)

@@ -15,6 +15,7 @@ CASES = (
     "loss_on_four_ranks_a_token_at_a_time",
     "loss_of_tied_embeddings",
     "loss_in_one_chunk",
+    "loss_with_tiled_mlp_and_offloaded_checkpoints",
 )
 
 

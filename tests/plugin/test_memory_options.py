@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunked loss, checkpoint offload and tiled MLP change where numbers are, not what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from mcore_harness import (
+    batch,
+    build_gpt,
+    full_weights,
+    load_full,
+    loss_and_gradients,
+    randomise,
+    relative_errors,
+    tiny_config,
+)
+from megatron.core.transformer.mlp import MLP
+
+from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
+from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
+from sparsek_megatron.memory.checkpoint_offload import CheckpointOffload
+
+SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def gpt(**changes: Any) -> Any:
+    config = tiny_config(num_layers=3, **changes)
+    return build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK))
+
+
+@pytest.fixture
+def ordinary(megatron: None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights, gradients) without recompute or any option, in float64."""
+    model = gpt(params_dtype=torch.float64)
+    randomise(model)
+    return full_weights(model), loss_and_gradients(model, batch())[1]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "layers", "tile"),
+    [(FULL, 2, None), (FULL, 3, 24), (FULL | {"recompute_num_layers": 3}, 1, 24), (FULL | {"recompute_method": "block"},
+     2, 40), ({}, 0, 24), ({}, 0, 1000)],
+)  # fmt: skip
+def test_gradients_are_those_of_the_ordinary_model(ordinary, recompute, layers, tile) -> None:
+    weights, want = ordinary
+    model = gpt(params_dtype=torch.float64, **recompute)
+    load_full(model, weights)
+    if layers:
+        use_checkpoint_offload(model, num_layers=layers)
+    if tile:
+        use_tiled_mlp(model, tile_tokens=tile)
+    for _ in range(2):
+        errors = relative_errors(loss_and_gradients(model, batch())[1], want)
+        assert max(errors.values()) < 1e-12, errors
+
+
+def test_offload_takes_the_first_layers_inputs_and_uses_its_buffers_again(ordinary, monkeypatch) -> None:
+    taken, returned = [], []
+    take, bring_back = CheckpointOffload.take, CheckpointOffload.bring_back
+    monkeypatch.setattr(
+        CheckpointOffload, "take", lambda self, x: (taken.append(take(self, x)), taken[-1])[1]
+    )
+    monkeypatch.setattr(
+        CheckpointOffload, "bring_back", lambda self, s: (returned.append(s), bring_back(self, s))[1]
+    )
+    model = use_checkpoint_offload(gpt(**FULL), num_layers=2)
+    for _ in range(2):
+        loss_and_gradients(model, batch())
+    assert len(taken) == 4
+    assert returned == [taken[1], taken[0], taken[3], taken[2]]
+    assert {x.host.data_ptr() for x in taken[:2]} == {x.host.data_ptr() for x in taken[2:]}
+
+
+def test_tiles_bound_what_the_mlp_sees_and_recompute_runs_each_once_more(ordinary, monkeypatch) -> None:
+    seen: list[int] = []
+    whole = MLP.forward
+    monkeypatch.setattr(
+        MLP, "forward", lambda self, x, *a, **k: (seen.append(x.shape[0]), whole(self, x, *a, **k))[1]
+    )
+    model = use_tiled_mlp(gpt(**FULL), tile_tokens=32)
+    loss_and_gradients(model, batch())
+    assert seen == 3 * 2 * [16, 16, 16, 16]
+
+
+def test_an_unweighted_parameter_gets_no_gradient(ordinary) -> None:
+    model = use_tiled_mlp(gpt(), tile_tokens=32)
+    frozen = model.decoder.layers[1].mlp.linear_fc1.weight
+    frozen.requires_grad_(False)
+    tokens, positions, labels = batch()
+    model(tokens, positions, None, labels=labels).mean().backward()
+    assert frozen.grad is None
+    assert model.decoder.layers[1].mlp.linear_fc2.weight.grad is not None
+
+
+def test_refusals_name_the_flag(megatron: None) -> None:
+    with pytest.raises(NotImplementedError, match="--recompute-granularity full"):
+        use_checkpoint_offload(gpt(), num_layers=1)
+    with pytest.raises(ValueError, match="--cpu-offloading-num-layers 4: must be between 0 and the 3 layers"):
+        use_checkpoint_offload(gpt(**FULL), num_layers=4)
+    with pytest.raises(ValueError, match="--mlp-tile-tokens 0"):
+        use_tiled_mlp(gpt(), tile_tokens=0)
+    model = gpt()
+    model.config.gradient_accumulation_fusion = True
+    with pytest.raises(NotImplementedError, match="--no-gradient-accumulation-fusion"):
+        use_tiled_mlp(model, tile_tokens=8)
+    model.config.mtp_num_layers = 1
+    with pytest.raises(NotImplementedError, match="--mtp-num-layers 1"):
+        use_chunked_loss(model)
+
+
+@pytest.mark.gpu
+def test_offload_on_a_gpu_is_bitwise_and_frees_memory() -> None:
+    """Hidden states of 8 MiB pass through pinned memory while a stand-in for layers computes."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(
+                torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(8)
+            )
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                hidden_states = torch.utils.checkpoint.checkpoint(
+                    lambda x, f=layer: torch.tanh(f(x)), hidden_states, use_reentrant=True
+                )
+            return hidden_states
+
+    torch.manual_seed(0)
+    model: Any = torch.nn.Module()
+    model.decoder = Decoder()
+    model.config = tiny_config_without_groups()
+    x = torch.randn(4096, 1, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        model.zero_grad()
+        x.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = model.decoder(x)
+        held = torch.cuda.memory_allocated() - before
+        out.float().square().sum().backward()
+        return [x.grad.clone(), *(p.grad.clone() for p in model.parameters())], held  # pyright: ignore
+
+    want, all_held = step()
+    use_checkpoint_offload(model, num_layers=6)
+    for _ in range(3):
+        got, held = step()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert held <= all_held - 5 * x.numel() * 2
+
+
+def tiny_config_without_groups() -> Any:
+    """What `use_checkpoint_offload` reads of a configuration."""
+    return type("Config", (), {"recompute_granularity": "full", "num_layers": 8})()
