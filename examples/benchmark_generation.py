@@ -8,9 +8,9 @@
 
 Times are those of all layers' attention for one token of every sequence, projections not included. SparseK runs as a
 CUDA graph of one step of all layers, replayed over whole refresh periods; its caches come from a real prefill of that
-many tokens. Dense attention is the fastest of torch's cuDNN and FlashAttention backends, with the query heads of a group
-packed into the query length or not; each layer has its own cache as far as memory goes, and the time of fewer layers is
-scaled up (the column `layers_measured` says so). Inputs are random bfloat16.
+many tokens. Dense attention is torch's cuDNN and FlashAttention backends, with the query heads of a group packed into
+the query length or not; each layer has its own cache as far as memory goes, and the time of fewer layers is scaled up
+(the column `layers_measured` says so). Inputs are random bfloat16.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsek_megatron.errors import UserError, report_user_errors
 
-FIELDS = (
+FIELDS: tuple[str, ...] = (
     "side",
     "context",
     "batch",
@@ -129,16 +129,16 @@ def sparsek(args: argparse.Namespace, context: int, batch: int) -> dict[str, obj
     prefill(args, cache, context, random_tokens(args, 1, min(context, args.prefill_piece)))
     caches = [cache.fork([0] * batch) for _ in range(args.layers)]
     token = random_tokens(args, batch, 1)
-    replay = captured(lambda: [cache.decode(*token) for cache in caches])
 
-    def period() -> None:
-        for _ in range(args.stride):
-            token[3].normal_()
-            replay()
+    def step() -> None:
+        token[3].normal_()
+        for cache in caches:
+            cache.decode(*token)
 
-    period()
-    us = statistics.median(elapsed(period) / args.stride for _ in range(5))
-    us -= elapsed(lambda: [token[3].normal_() for _ in range(args.stride)]) / args.stride
+    replay = captured(step)
+    us = statistics.median(
+        elapsed(lambda: [replay() for _ in range(args.stride)]) / args.stride for _ in range(7)
+    )
     rows = args.topk + args.window + (args.stride - 1) / 2  # that a token attends to, on average
     read = min(rows, context) * 4 * args.head_dim * args.kv_heads * batch * args.layers
     size = sum(cache.nbytes for cache in caches) // batch
