@@ -56,11 +56,16 @@ class TrainingConfig:
     pipeline_model_parallel_size: int = _setting(1, "pipeline stages (1 only: DeepSpeed drives this trainer)")
     context_parallel_size: int = _setting(1, "ranks that share a sequence's attention (1 only)")
     zero_stage: int = _setting(1, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    offload_optimizer: bool = _setting(False, "keep the optimizer's state in host memory and update there (ZeRO 1-3)")
+    deepspeed_config: str | None = _setting(
+        None, 'JSON file of further DeepSpeed settings; "auto" is filled from this run', kind=str
+    )
     bf16: bool | None = _setting(None, "bfloat16 weights; default on GPU, float32 on CPU", kind=bool)
     recompute_granularity: str | None = _setting(
         None, "recompute activations in backward", kind=str, choices=("full", "selective")
     )
     distributed_timeout_minutes: int = _setting(10, "minutes until a stuck collective ends the run")
+    hang_timeout_seconds: float = _setting(900.0, "seconds without progress until a process ends itself; 0 never")
 
     # Optimisation
     micro_batch_size: int = _setting(1, "sequences of one forward pass on one data-parallel rank")
@@ -76,6 +81,7 @@ class TrainingConfig:
     adam_beta2: float = _setting(0.95, "decay of Adam's second moment")
     adam_eps: float = _setting(1e-8, "Adam's epsilon")
     clip_grad: float = _setting(1.0, "largest global gradient norm; 0 does not clip")
+    max_skipped_steps: int = _setting(10, "steps in a row whose gradient may be non-finite: skipped, then the run ends")
     seed: int = _setting(1234, "seed of the weights and of the data order")
 
     # Data
@@ -91,11 +97,23 @@ class TrainingConfig:
     eval_interval: int = _setting(100, "steps between validations")
     eval_iters: int = _setting(10, "global batches of one validation, the same ones each time")
     log_interval: int = _setting(10, "steps between lines where there is no terminal for a progress bar")
+    peak_tflops: float | None = _setting(
+        None, "bfloat16 peak of one GPU for MFU; default from its name, where known", kind=float
+    )
     save: str = _setting("", "folder for checkpoints, TensorBoard and the loss curve")
     load: str | None = _setting(None, "folder to resume from; the --save folder may still be empty", kind=str)
     save_interval: int = _setting(1000, "steps between checkpoints")
     exit_interval: int | None = _setting(None, "save and exit at steps divisible by this", kind=int)
     keep_last_n: int = _setting(3, "checkpoints to keep; 0 keeps all")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel ranks among `world_size` processes."""
+        return world_size // (self.tensor_model_parallel_size * self.context_parallel_size)
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """`vocab_size` rounded up so that every tensor-parallel rank's shard has the same, aligned size."""
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-vocab_size // multiple) * multiple
 
     @property
     def query_groups(self) -> int:

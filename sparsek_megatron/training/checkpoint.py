@@ -1,114 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing and reading checkpoints: DeepSpeed's own files for model and optimizer, and each rank's RNG states.
+"""Checkpoints of a run: DeepSpeed's own files for model and optimizer, each rank's RNG states, settings, a manifest.
 
-A checkpoint is written under a hidden name, flushed, renamed, and only then named by `latest`: it is complete or
-absent, and a kill at any moment leaves the previous one in force.
+Saving takes a snapshot in host memory and returns; `writer` brings it to the disk. Reading verifies checksums and
+executes no pickled code.
 """
 
 import contextlib
 import dataclasses
 import json
 import pickle
-import random
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 
-from sparsek_megatron.errors import UserError, describe_os_error
-from sparsek_megatron.files import atomic_write, fsync_path, publish
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.files import fsync_path
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.manifest import check_contents, check_sizes, read_manifest, record_of
 from sparsek_megatron.training.parallel import Machine
-from sparsek_megatron.training.run_folder import DERIVED, LATEST, NAME, checkpoint_name, latest_step
+from sparsek_megatron.training.rng import restore_rng, rng_states
+from sparsek_megatron.training.run_folder import (
+    DERIVED,
+    LATEST,
+    candidates,
+    checkpoint_name,
+    read_run,
+    same_layout,
+)
+from sparsek_megatron.training.snapshot import Snapshotter
+from sparsek_megatron.training.writer import CheckpointWriter
 
-_PARTIAL = ".partial-"
+
+class Checkpoints:
+    """Saves the checkpoints of one run. Every rank has one and calls each method at the same steps."""
+
+    def __init__(self, engine: Any, config: TrainingConfig, machine: Machine, *, tokenizer_sha256: str):
+        self._engine = engine
+        self._config = config
+        self._machine = machine
+        self._tokenizer_sha256 = tokenizer_sha256
+        self._snapshots = Snapshotter(machine.device)
+        self._writer = CheckpointWriter(
+            Path(config.save), machine, keep_last_n=config.keep_last_n,
+            timeout_seconds=60 * config.distributed_timeout_minutes,
+        )  # fmt: skip
+
+    def save(self, step: int) -> float:
+        """Begin the checkpoint of `step`; returns the seconds that training waited.
+
+        Waits for the previous one first, should it still be under way.
+
+        Raises:
+            UserError: the disk is full or not writable; the previous checkpoint stays in force.
+        """
+        begun = time.perf_counter()
+        self._writer.finish()
+        folder = self._writer.folder(step)
+        if self._machine.is_first:
+            self._writer.clear()
+        dist.barrier()
+        collected = _CollectingEngine(self._snapshots)
+        self._engine.checkpoint_engine = collected
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        files = collected.files
+        states = rng_states(on_gpu=self._machine.on_gpu)
+        files[_rng_file(self._machine.rank)] = self._snapshots.take("rng", states)
+        if self._machine.is_first:
+            self._write_settings(folder / "run.json", step)
+        self._writer.begin(step, files, ready=self._snapshots.wait)
+        return time.perf_counter() - begun
+
+    def _write_settings(self, path: Path, step: int) -> None:
+        settings = dataclasses.asdict(self._config) | {name: getattr(self._config, name) for name in DERIVED}
+        run = {
+            "step": step, "world_size": self._machine.world_size, "tokenizer_sha256": self._tokenizer_sha256,
+            "settings": settings,
+        }  # fmt: skip
+        path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+        fsync_path(path)
+
+    def before_update(self) -> None:
+        """Call before the weights change: a snapshot under way on the GPU must finish first."""
+        self._snapshots.before_update()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in force. Raises `UserError` as `save` does."""
+        self._writer.finish()
+
+    def news(self) -> list[str]:
+        """Lines about checkpoints that have come into force."""
+        return self._writer.news()
 
 
-def save(engine: Any, config: TrainingConfig, machine: Machine, *, step: int, tokenizer_sha256: str) -> Path:
-    """Write the checkpoint of `step` and make it the latest. Call it on every rank.
+def choose(folder: Path, machine: Machine) -> int | None:
+    """The newest intact checkpoint of `folder`, from `latest` down: every file has its checksum. None where none is.
+
+    The ranks share the reading and agree. Each checkpoint that is passed over is named on the first rank.
 
     Raises:
-        UserError: the disk is full or not writable; the previous checkpoint stays in force.
+        UserError: there are checkpoints, but none is intact.
     """
-    root = Path(config.save)
-    final, partial = root / checkpoint_name(step), root / (_PARTIAL + checkpoint_name(step))
+    found: list[Any] = [candidates(folder) if machine.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    steps, problem = found[0]
+    problems = [problem] if problem else []
+    for step in steps:
+        path = folder / checkpoint_name(step)
+        problem = check_sizes(path) or check_contents(path, share=machine.rank, shares=machine.world_size)
+        told: list[Any] = [None] * machine.world_size
+        dist.all_gather_object(told, problem)
+        problem = next((each for each in told if each), None)
+        if problem is None:
+            break
+        problems.append(f"{path}: {problem}")
+    else:
+        step = None
     if machine.is_first:
-        for stale in root.glob(_PARTIAL + "*"):
-            shutil.rmtree(stale, ignore_errors=True)
-    dist.barrier()
-    try:
-        engine.checkpoint_engine = _SafeCheckpointEngine()
-        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        rng = partial / f"rng_rank_{machine.rank:05d}.pt"
-        with open(rng, "wb") as stream:
-            torch.save(_rng_states(machine), stream)
-        if machine.is_first:
-            settings = dataclasses.asdict(config) | {n: getattr(config, n) for n in DERIVED}
-            run = {
-                "step": step, "world_size": machine.world_size, "tokenizer_sha256": tokenizer_sha256,
-                "settings": settings,
-            }  # fmt: skip
-            with open(partial / "run.json", "w", encoding="utf-8") as stream:
-                json.dump(run, stream, indent=1)
-            fsync_path(partial / "run.json")
-        fsync_path(rng)
-        dist.barrier()
-        if machine.is_first:
-            fsync_path(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            publish(partial, final)
-            with atomic_write(root / LATEST) as stream:
-                stream.write(final.name)
-            _prune(root, config.keep_last_n)
-    except (OSError, RuntimeError) as err:
-        reason = _disk_problem(err)
-        if reason is None:
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        good = latest_step(root)
-        kept = f"the checkpoint of step {good} is intact" if good is not None else "there is no earlier checkpoint"
-        raise UserError(f"--save {config.save}: checkpoint of step {step} not written: {reason} ({kept})") from err
-    dist.barrier()
-    return final
-
-
-def _disk_problem(err: BaseException) -> str | None:
-    """The file-system error in an exception's chain; torch.save wraps it in a RuntimeError of its own."""
-    seen: BaseException | None = err
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return describe_os_error(seen, "the checkpoint")
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _prune(root: Path, keep: int) -> None:
-    if keep:
-        steps = sorted(path for path in root.iterdir() if NAME.fullmatch(path.name))
-        for old in steps[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for line in problems:
+            print(f"warning: {line}; it is passed over", flush=True)
+    if step is None and problems:
+        raise UserError(f"--load {folder}: no checkpoint there is intact ({'; '.join(problems)[:400]})")
+    return step
 
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
-    """Restore model, optimizer and RNG states of the checkpoint of `step` in the --load folder, on every rank.
+    """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout that
+    it was saved in, RNG states too.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.
     """
     folder = Path(config.load or "")
-    engine.checkpoint_engine = _SafeCheckpointEngine()
+    path = folder / checkpoint_name(step)
+    engine.checkpoint_engine = _LoadingEngine()
     with _readable(folder, step):
-        path, _ = engine.load_checkpoint(str(folder), tag=checkpoint_name(step), load_lr_scheduler_states=False)
-        if path is None:
+        if not same_layout(config, machine.world_size, read_run(folder, step)):
+            from sparsek_megatron.training.reshard import load_resharded
+
+            load_resharded(engine, path, load_file=safe_load)
+            return
+        loaded, _ = engine.load_checkpoint(str(folder), tag=path.name, load_lr_scheduler_states=False)
+        if loaded is None:
             raise FileNotFoundError("incomplete")
-        states = torch.load(folder / checkpoint_name(step) / f"rng_rank_{machine.rank:05d}.pt", weights_only=True)
-    _restore_rng(states, machine)
+        states = safe_load(path / _rng_file(machine.rank))
+    restore_rng(states, on_gpu=machine.on_gpu)
 
 
 def load_model(model: torch.nn.Module, folder: Path, *, step: int) -> None:
@@ -118,9 +158,25 @@ def load_model(model: torch.nn.Module, folder: Path, *, step: int) -> None:
         UserError: a file is missing or damaged.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
+    path = folder / checkpoint_name(step) / f"mp_rank_{rank:02d}_model_states.pt"
     with _readable(folder, step):
-        state = _safe_load(folder / checkpoint_name(step) / f"mp_rank_{rank:02d}_model_states.pt", "cpu")
-        model.load_state_dict(state["module"])
+        if record_of(path) != read_manifest(path.parent).get(path.name):
+            raise RuntimeError(f"{path.name} is damaged: its checksum differs")
+        model.load_state_dict(safe_load(path)["module"])
+
+
+def safe_load(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """`torch.load` that executes no pickled code: tensors, plain data, and DeepSpeed's own plain data classes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_rank_{rank:05d}.pt"
 
 
 @contextlib.contextmanager
@@ -134,62 +190,32 @@ def _readable(folder: Path, step: int) -> Iterator[None]:
         ) from err
 
 
-def _safe_load(path: str | Path, map_location: Any) -> Any:
-    with torch.serialization.safe_globals(_deepspeed_classes()):
-        return torch.load(path, map_location=map_location, weights_only=True)
+class _CollectingEngine:
+    """DeepSpeed's way to write a file: here a snapshot, left in `files` for the background writer."""
+
+    def __new__(cls, snapshots: Snapshotter) -> Any:
+        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+        class Engine(TorchCheckpointEngine):
+            def __init__(self) -> None:
+                super().__init__()
+                self.files: dict[str, Any] = {}
+
+            def save(self, state_dict: Any, path: str) -> None:
+                name = Path(path).name
+                self.files[name] = snapshots.take(name, state_dict)
+
+        return Engine()
 
 
-class _SafeCheckpointEngine:
-    """How DeepSpeed reads and writes a file here: durable writes, and reads that execute no pickled code."""
+class _LoadingEngine:
+    """DeepSpeed's way to read a file: `safe_load`."""
 
     def __new__(cls) -> Any:
         from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
         class Engine(TorchCheckpointEngine):
-            def save(self, state_dict: Any, path: str) -> None:
-                with open(path, "wb") as stream:
-                    torch.save(state_dict, stream)
-                fsync_path(Path(path))
-
             def load(self, path: str, map_location: Any = None) -> Any:
-                return _safe_load(path, map_location)
+                return safe_load(path, map_location)
 
         return Engine()
-
-
-def _deepspeed_classes() -> list[Any]:
-    """The plain data classes that DeepSpeed pickles into its optimizer files."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def _tracker() -> Any:
-    return tensor_parallel.get_cuda_rng_tracker()
-
-
-def _rng_states(machine: Machine) -> dict[str, Any]:
-    version, keys, gauss = random.getstate()
-    name, numbers, position, has_gauss, cached = np.random.get_state()
-    states: dict[str, Any] = {
-        "python": (version, list(keys), gauss),
-        "numpy": (name, torch.from_numpy(np.asarray(numbers).copy()), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "tracker": _tracker().get_states(),
-    }
-    if machine.on_gpu:
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_rng(states: dict[str, Any], machine: Machine) -> None:
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, numbers, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, numbers.numpy(), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    _tracker().set_states(states["tracker"])
-    if machine.on_gpu:
-        torch.cuda.set_rng_state(states["cuda"])

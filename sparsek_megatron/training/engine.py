@@ -3,16 +3,17 @@
 
 import importlib.util
 import logging
+import math
 import shutil
 from typing import Any
 
 import torch
 
+from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.model import uses_bf16
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
-
-_NEVER = 10**9
 
 
 def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -37,10 +38,21 @@ def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dic
 
 def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machine: Machine) -> tuple[Any, str]:
     """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed, else DeepSpeed's where it can be
-    built, else torch's fused one; on CPU torch's.
+    built, else torch's fused one; on CPU torch's. With --offload-optimizer DeepSpeed's CPU one, which it compiles.
+
+    Raises:
+        UserError: --offload-optimizer without a C++ compiler.
     """
     betas = (config.adam_beta1, config.adam_beta2)
     common: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **common), "DeepSpeed CPUAdam"
+        except Exception as err:  # DeepSpeed's builder raises several kinds
+            reason = str(err).splitlines()[0]
+            raise UserError(f"--offload-optimizer: DeepSpeedCPUAdam does not build here ({reason}); needs g++") from err
     if not machine.on_gpu:
         return torch.optim.AdamW(groups, **common), "torch AdamW"
     if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
@@ -60,22 +72,13 @@ def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machin
 
 
 def deepspeed_config(config: TrainingConfig, machine: Machine) -> dict[str, Any]:
-    """DeepSpeed's configuration for this run."""
-    data_parallel = machine.world_size // config.tensor_model_parallel_size
-    per_pass = config.micro_batch_size * data_parallel
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": machine.on_gpu}
-    if config.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = 10_000
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": (config.global_batch_size or per_pass) // per_pass,
-        "gradient_clipping": config.clip_grad,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": uses_bf16(config, on_gpu=machine.on_gpu)},
-        "steps_per_print": _NEVER,
-        "wall_clock_breakdown": False,
-    }
+    """DeepSpeed's configuration for this run; raises `UserError` where the user's file contradicts it."""
+    return build_ds_config(
+        config,
+        data_parallel=config.data_parallel_size(machine.world_size),
+        bf16=uses_bf16(config, on_gpu=machine.on_gpu),
+        overlap=machine.on_gpu,
+    )
 
 
 def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machine) -> tuple[Any, str]:
@@ -107,14 +110,20 @@ def set_learning_rate(engine: Any, value: float) -> None:
 def take_step(engine: Any) -> float | None:
     """The engine's step after one micro-batch; at the end of the batch, the gradient norm before clipping, else None.
 
-    Without ZeRO in float32 DeepSpeed clips but keeps no norm, so it is taken here.
+    A norm that is not finite leaves weights and optimizer state as they are, on every rank. ZeRO sees to that itself
+    and then reports infinity. Without ZeRO in float32 DeepSpeed clips but neither keeps a norm nor looks at it, so it
+    is taken here, and an optimizer without gradients does nothing.
     """
     at_boundary = engine.is_gradient_accumulation_boundary()
     norm = None
     if at_boundary and not engine.zero_optimization() and not engine.bfloat16_enabled():
         from deepspeed.runtime.utils import clip_grad_norm_
 
-        norm = clip_grad_norm_(engine.module.parameters(), max_norm=float("inf"), mpu=engine.mpu)
+        parameters = list(engine.module.parameters())
+        norm = float(clip_grad_norm_(parameters, max_norm=float("inf"), mpu=engine.mpu))
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
     engine.step()
     if not at_boundary:
         return None

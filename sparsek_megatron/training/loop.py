@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: steps, validations, checkpoints, and the refusal to go on with a loss that is not a number."""
+"""The training loop: steps, validations, checkpoints, and what interrupts them: bad gradients, signals, hangs."""
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,17 @@ from torch.utils.data import Dataset
 
 from sparsek_megatron.data.datasets import StepSampler, batches
 from sparsek_megatron.errors import UserError
-from sparsek_megatron.training import checkpoint
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.checkpoint import Checkpoints
 from sparsek_megatron.training.engine import set_learning_rate, take_step
+from sparsek_megatron.training.health import SelectionWatch
 from sparsek_megatron.training.model import token_losses
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.report import Report
 from sparsek_megatron.training.run_folder import latest_step
 from sparsek_megatron.training.schedule import learning_rate
+from sparsek_megatron.training.stopping import StopRequest
+from sparsek_megatron.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -44,12 +46,14 @@ class Trainer:
         self.engine = engine
         self.machine = machine
         self.report = report
+        self.checkpoints = Checkpoints(engine, config, machine, tokenizer_sha256=tokenizer_sha256)
         self._train_set, self._valid_set = train_set, valid_set
-        self._tokenizer_sha256 = tokenizer_sha256
         self._mpu = DeepSpeedMpu()
         self._data_parallel = self._mpu.get_data_parallel_world_size()
         self.global_batch = config.global_batch_size or config.micro_batch_size * self._data_parallel
         self._micro_batches = self.global_batch // (config.micro_batch_size * self._data_parallel)
+        self._selection = SelectionWatch(config, engine.module)
+        self._skipped = 0  # steps in a row
 
     def _batches(self, dataset: Dataset[Any], first_step: int, last_step: int) -> Iterator[dict[str, Any]]:
         sampler = StepSampler(
@@ -75,56 +79,103 @@ class Trainer:
         return loss.item()
 
     def train(self, start: int) -> int:
-        """Take steps until `train_iters` or an exit interval; returns the number of steps taken in all.
+        """Take steps until `train_iters`, an exit interval or a signal to stop; returns the number of the last step.
+
+        The last checkpoint is in force when it returns.
 
         Raises:
-            UserError: the loss or the gradient norm is NaN or infinite, or a checkpoint cannot be written.
+            UserError: too many steps in a row had a non-finite gradient, or a checkpoint cannot be written.
         """
-        config = self.config
         self.engine.train()
+        watchdog = Watchdog(self.config.hang_timeout_seconds, self.machine.rank)
+        try:
+            with StopRequest() as stop:
+                steps = self._steps(start, stop, watchdog)
+            watchdog.beat("writing the last checkpoint")
+            self.checkpoints.finish()
+            self._tell_news()
+        finally:
+            watchdog.close()
+        return steps
+
+    def _steps(self, start: int, stop: StopRequest, watchdog: Watchdog) -> int:
+        config = self.config
         data = self._batches(self._train_set, start, config.train_iters)
         if start == 0:
             self._validate(0)
         for step in range(start + 1, config.train_iters + 1):
+            watchdog.beat(f"step {step}")
             lr = learning_rate(config, step - 1)
             set_learning_rate(self.engine, lr)
-            loss, grad_norm = self._one_step(data, step)
-            self._require_finite(grad_norm, "gradient norm", step)
-            if self.report:
-                self.report.step(step=step, loss=loss, lr=lr, grad_norm=grad_norm)
             last = step == config.train_iters
-            leaving = config.exit_interval is not None and step % config.exit_interval == 0
-            if step % config.eval_interval == 0 or last:
+            look = step % config.log_interval == 0 or last
+            loss, grad_norm, local_loss = self._one_step(data, look=look)
+            skipped = not math.isfinite(grad_norm)
+            selection = self._selection.collect(self.machine.device) if look else None
+            if self.report:
+                self.report.step(step=step, loss=loss, lr=lr, grad_norm=grad_norm, selection=selection)
+            self._tell_news()
+            self._count_skipped(step, loss, local_loss, skipped=skipped)
+            signal = stop.agreed(self.machine.device)
+            leaving = signal is not None or (config.exit_interval is not None and step % config.exit_interval == 0)
+            if (step % config.eval_interval == 0 or last) and not signal:
+                watchdog.beat(f"the validation at step {step}")
                 self._validate(step)
             if step % config.save_interval == 0 or last or leaving:
-                self._save(step)
+                watchdog.beat(f"the checkpoint of step {step}")
+                self._save(step, skipped=skipped)
             if leaving and not last:
+                if signal and self.report:
+                    self.report.line(f"stopped by {signal} after step {step}; with --load, the same command resumes")
                 return step
         return config.train_iters
 
-    def _one_step(self, data: Iterator[dict[str, Any]], step: int) -> tuple[float, float]:
-        """One optimizer step; (loss, gradient norm before clipping)."""
+    def _one_step(self, data: Iterator[dict[str, Any]], *, look: bool) -> tuple[float, float, float]:
+        """One optimizer step: (loss, gradient norm before clipping, this rank's share of the loss).
+
+        With `look`, the first micro-batch's scores are kept for `self._selection.collect`.
+        """
         total = torch.zeros((), device=self.machine.device)
-        mean, grad_norm = math.nan, None
+        grad_norm = None
         for micro_batch in range(1, self._micro_batches + 1):
+            if look and micro_batch == 1:
+                self._selection.arm()
             loss = self._loss(next(data))
+            self._selection.disarm()
             total += loss.detach() / self._micro_batches
             self.engine.backward(loss)
             if micro_batch == self._micro_batches:
-                # Looked at before the update: a bad loss must not reach the weights.
-                mean = self._mean_over_ranks(total)
-                self._require_finite(mean, "loss", step)
+                self.checkpoints.before_update()
             grad_norm = take_step(self.engine)
         assert grad_norm is not None, "DeepSpeed and this loop disagree about the end of a batch"
-        return mean, grad_norm
+        local = total.item()
+        return self._mean_over_ranks(total), grad_norm, local
 
-    def _require_finite(self, value: float, what: str, step: int) -> None:
-        if math.isfinite(value):
+    def _count_skipped(self, step: int, loss: float, local_loss: float, *, skipped: bool) -> None:
+        """Report a step whose gradient was not finite, which was skipped; too many in a row end the run."""
+        if not skipped:
+            self._skipped = 0
             return
+        self._skipped += 1
+        bad: list[Any] = [None] * self.machine.world_size
+        dist.all_gather_object(bad, not math.isfinite(local_loss))
+        ranks = [rank for rank, is_bad in enumerate(bad) if is_bad]
+        where = f"the loss of rank {', '.join(map(str, ranks))} is not finite" if ranks else "every loss is finite"
+        limit = self.config.max_skipped_steps
+        if self.report:
+            self.report.line(
+                f"step {step}: skipped, its gradient is not finite ({where}); {self._skipped} in a row, limit {limit}"
+            )
+        if self._skipped <= limit:
+            return
+        self.checkpoints.finish()
         good = latest_step(self.config.save)
-        advice = "lower --lr, lengthen --lr-warmup-iters, or look at the data of this step"
+        advice = "lower --lr, lengthen --lr-warmup-iters, or look at the data of these steps"
         resume = f"resume from {self.config.save} (step {good}) after you" if good is not None else "no checkpoint yet;"
-        raise UserError(f"step {step}: the {what} is {value}; training stopped before it was saved. {resume} {advice}")
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient is not finite in {self._skipped} steps in a row "
+            f"(--max-skipped-steps {limit}); training stopped. {resume} {advice}"
+        )
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:
@@ -141,10 +192,16 @@ class Trainer:
         if self.report:
             self.report.validation(step=step, loss=loss)
 
-    def _save(self, step: int) -> None:
-        path = checkpoint.save(
-            self.engine, self.config, self.machine, step=step, tokenizer_sha256=self._tokenizer_sha256
-        )
+    def _save(self, step: int, *, skipped: bool) -> None:
+        if skipped:  # what led here may be in the weights already
+            if self.report:
+                self.report.line(f"step {step}: no checkpoint after a skipped step")
+            return
+        waited = self.checkpoints.save(step)
         if self.report:
-            self.report.line(f"step {step}: saved {Path(path)}")
-            self.report.resume_clock()
+            self.report.checkpoint(step=step, waited=waited)
+
+    def _tell_news(self) -> None:
+        for line in self.checkpoints.news():
+            if self.report:
+                self.report.line(line)

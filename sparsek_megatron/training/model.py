@@ -15,12 +15,6 @@ from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.validate import sparsek_config
 
 
-def padded_vocab_size(config: TrainingConfig, vocab_size: int) -> int:
-    """`vocab_size` rounded up so that every tensor-parallel rank's shard has the same, aligned size."""
-    multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerConfig:
     """mcore's configuration of the model; bfloat16 on GPU unless told otherwise, float32 on CPU."""
     bf16 = uses_bf16(config, on_gpu=on_gpu)
@@ -74,7 +68,7 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=spec,  # pyright: ignore[reportArgumentType]
-        vocab_size=padded_vocab_size(config, vocab_size),
+        vocab_size=config.padded_vocab_size(vocab_size),
         max_sequence_length=longest,
         position_embedding_type="rope",
         rotary_base=config.rotary_base,

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ def initialize(config: TrainingConfig) -> Machine:
     )
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-    return Machine(rank, world_size, device, store)
+    # A restarted run may find the store of the processes before it: what they left there must not be read.
+    session = [uuid.uuid4().hex]
+    dist.broadcast_object_list(session, src=0)
+    return Machine(rank, world_size, device, distributed_c10d.PrefixStore(session[0], store))
 
 
 @contextlib.contextmanager

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells: a live progress bar or lines, TensorBoard scalars, `metrics.jsonl` and the loss curve."""
 
+import dataclasses
 import json
+import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sparsek_megatron.files import temporary_sibling
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.health import SelectionHealth
 
 METRICS = "metrics.jsonl"
 CURVE = "loss_curve.png"
@@ -34,15 +39,28 @@ class Report:
     """The reporting of one run; made on the first rank only.
 
     A record of `metrics.jsonl` is `{"step", "loss", "lr", "grad_norm"}`, or `{"step", "valid_loss"}`; `step` counts
-    optimizer steps taken. Losses are in nats per token.
+    optimizer steps taken, skipped ones too, whose numbers that are not finite are null. Losses are in nats per token.
+
+    tokens_per_step: of all ranks. flops_per_token: see `flops`. peak_flops: of all GPUs per second, None where unknown:
+    there is no MFU then.
     """
 
-    def __init__(self, config: TrainingConfig, *, start: int, tokens_per_step: int, entropy: float):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        start: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        entropy: float,
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self._config = config
         self._entropy = entropy
         self._tokens_per_step = tokens_per_step
+        self._peak_tokens = peak_flops / flops_per_token if peak_flops else None  # per second, at MFU 1
         folder = Path(config.save)
         # A killed run may have logged steps past its last checkpoint: they will be taken again.
         kept = [record for record in read_metrics(folder) if record["step"] <= start]
@@ -61,24 +79,41 @@ class Report:
         self._speed = 0.0
         self._start, self._last, self._begun = start, time.perf_counter(), time.perf_counter()
 
-    def step(self, *, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """After optimizer step number `step` (1 is the first)."""
+    def step(
+        self, *, step: int, loss: float, lr: float, grad_norm: float, selection: SelectionHealth | None
+    ) -> None:
+        """After optimizer step number `step` (1 is the first); `selection` where it was looked at."""
         now = time.perf_counter()
         speed = self._tokens_per_step / (now - self._last)
         self._last = now
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
-        self._write({"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-        for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm), ("tokens_per_second", speed)):
+        self._write({"step": step, "loss": _finite(loss), "lr": lr, "grad_norm": _finite(grad_norm)})
+        scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        if self._peak_tokens:
+            scalars["mfu"] = speed / self._peak_tokens
+        scalars["memory_gib"] = _peak_memory_gib()
+        for name, value in scalars.items():
             self._board.add_scalar(f"train/{name}", value, step)
+        for name, value in dataclasses.asdict(selection).items() if selection else ():
+            if value is not None:
+                self._board.add_scalar(f"selection/{name}", value, step)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {self._speed:,.0f} tokens/s{self._valid}", refresh=False)
         self._bar.update(1)
         if not self._live and (step % self._config.log_interval == 0 or step == self._config.train_iters):
             left = (self._config.train_iters - step) * (now - self._begun) / (step - self._start)
+            mfu = f"  MFU {self._speed / self._peak_tokens:.1%}" if self._peak_tokens else ""
             print(
                 f"step {step}/{self._config.train_iters}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
-                f"{self._speed:,.0f} tokens/s  ETA {int(left) // 60}:{int(left) % 60:02d}",
+                f"{self._speed:,.0f} tokens/s{mfu}  {scalars['memory_gib']:.2f} GiB  {_in_words(selection)}"
+                f"ETA {int(left) // 60}:{int(left) % 60:02d}",
                 flush=True,
             )
+
+    def checkpoint(self, *, step: int, waited: float) -> None:
+        """A checkpoint of `step` has begun; training waited so many seconds, which tokens/s leaves out."""
+        self._board.add_scalar("checkpoint/seconds_waited", waited, step)
+        self.line(f"step {step}: checkpoint begun, training waited {waited:.3f} s")
+        self._last = time.perf_counter()
 
     def validation(self, *, step: int, loss: float) -> None:
         """After a validation at `step`."""
@@ -96,10 +131,6 @@ class Report:
         """A line that does not tear the progress bar."""
         self._bar.write(text, file=sys.stdout) if self._live else print(text, flush=True)
 
-    def resume_clock(self) -> None:
-        """Leave what happened since the last step (a checkpoint) out of tokens/s."""
-        self._last = time.perf_counter()
-
     def _write(self, record: dict[str, Any]) -> None:
         self._stream.write(json.dumps(record) + "\n")
 
@@ -111,13 +142,31 @@ class Report:
         draw_curve(Path(self._config.save), self._entropy)
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _peak_memory_gib() -> float:
+    """Most memory that this process has held: allocated on the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _in_words(selection: SelectionHealth | None) -> str:
+    if selection is None or selection.saturated is None:
+        return ""
+    overflow = "" if selection.overflow is None else f", {selection.overflow:.1%} pool overflow"
+    return f"gates {selection.saturated:.0%} saturated, age {selection.mean_age:,.0f}{overflow}  "
+
+
 def draw_curve(folder: Path, entropy: float) -> None:
     """`loss_curve.png`: training and validation loss against steps, with the unigram entropy."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read_metrics(folder)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     valid = [(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

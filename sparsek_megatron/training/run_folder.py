@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: names of its checkpoints, and whether one fits the run that would resume it.
 
-It holds `latest` (a name) and `step_00000100/` folders, each with `run.json`: the settings that must fit.
+It holds `latest` (a name) and `step_00000100/` folders, each with `run.json`: the settings that must fit, and
+`manifest.json`.
 """
 
+import dataclasses
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
+from sparsek_megatron.training.manifest import check_sizes
 
 LATEST = "latest"
 NAME = re.compile(r"step_(\d{8})")
 
 ARCHITECTURE = (
     "num_layers", "hidden_size", "mlp_width", "num_attention_heads", "query_groups", "head_dim", "rotary_base",
-    "norm_epsilon", "untie_embeddings_and_output_weights", "make_vocab_size_divisible_by",
+    "norm_epsilon", "untie_embeddings_and_output_weights",
     "sparsek_topk", "sparsek_window", "sparsek_stride", "sparsek_pool", "sparsek_gate", "sparsek_hard_selection",
 )  # fmt: skip
 LAYOUT = ("tensor_model_parallel_size", "zero_stage")
+RESHARDABLE = (1, 2)
 # Changing one of these keeps training but not the trajectory: worth a line, not a refusal.
 TRAJECTORY = (
     "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr", "min_lr", "lr_decay_style",
@@ -37,34 +43,78 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def candidates(folder: str | Path) -> tuple[list[int], str | None]:
+    """(steps of the checkpoints to try, newest first; what is wrong with `latest`, in words, if anything).
+
+    They begin with the one that `latest` names: newer ones belong to a trajectory that was given up, or were renamed an
+    instant before a kill. Where `latest` cannot be read, all are tried.
+    """
+    root = Path(folder)
+    pointer = root / LATEST
+    matches = [NAME.fullmatch(path.name) for path in root.glob("step_*") if path.is_dir()]
+    steps = sorted((int(match[1]) for match in matches if match), reverse=True)
+    if not pointer.is_file():
+        return (steps, f"{pointer}: missing") if steps else ([], None)
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    match = NAME.fullmatch(name)
+    if match is None:
+        return steps, f"{pointer}: damaged, it names {name!r}"
+    newest = int(match[1])
+    problem = None if newest in steps else f"{pointer}: names {name}, which is not there"
+    return [step for step in steps if step <= newest], problem
+
+
+def newest_complete(folder: str | Path) -> tuple[int | None, list[str]]:
+    """(step of the newest checkpoint that is complete as far as file sizes tell, None where there is none; what is
+    wrong with those passed over, in words).
+    """
+    steps, problem = candidates(folder)
+    problems = [problem] if problem else []
+    for step in steps:
+        problem = check_sizes(Path(folder) / checkpoint_name(step))
+        if problem is None:
+            return step, problems
+        problems.append(f"{Path(folder) / checkpoint_name(step)}: {problem}")
+    return None, problems
+
+
 def latest_step(folder: str | Path) -> int | None:
-    """Steps taken at the checkpoint that `latest` names; None where the folder has no checkpoint.
+    """`newest_complete`, with what was passed over said on the first rank's stderr; None where there is no checkpoint.
 
     Raises:
-        UserError: `latest` names a checkpoint that is not there.
+        UserError: there are checkpoints, but none is complete.
     """
-    pointer = Path(folder) / LATEST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    match = NAME.fullmatch(name)
-    if match is None or not (Path(folder) / name / "run.json").is_file():
-        raise UserError(f"{pointer}: names {name!r}, which is not a checkpoint there; write an existing step's name")
-    return int(match.group(1))
+    step, problems = newest_complete(folder)
+    if step is None and problems:
+        raise UserError(f"{folder}: no checkpoint there is complete ({'; '.join(problems)[:400]})")
+    if os.environ.get("RANK", "0") == "0":
+        for problem in problems:
+            print(f"warning: {problem}; it is passed over", file=sys.stderr)
+    return step
 
 
-def check_resume(config: TrainingConfig, world_size: int, tokenizer: SentencePieceTokenizer) -> int | None:
+def check_resume(
+    config: TrainingConfig, world_size: int, tokenizer: SentencePieceTokenizer, *, step: int | None = None
+) -> int | None:
     """Steps already taken by the checkpoint to resume, after checking that it fits; None for a fresh start.
 
+    step: the checkpoint to look at where it has been chosen; by default the newest complete one of --load.
+
     Raises:
-        UserError: nothing to load, a checkpoint of another architecture, layout or tokenizer, or a --save folder
-            whose checkpoints this run would replace.
+        UserError: nothing to load, a checkpoint of another architecture or tokenizer or of a layout that cannot be
+            changed into this one, or a --save folder whose checkpoints this run would replace.
     """
-    step = latest_step(config.load) if config.load else None
+    if config.load and step is None:
+        step, problems = newest_complete(config.load)
+        if step is None and problems:
+            raise UserError(f"--load {config.load}: no checkpoint there is complete ({'; '.join(problems)[:400]})")
     if config.load and step is None and Path(config.load).resolve() != Path(config.save).resolve():
         raise UserError(f"--load {config.load}: holds no checkpoint; check the path or leave --load out")
     if step is None or Path(config.load or "").resolve() != Path(config.save).resolve():
-        existing = latest_step(config.save)
+        existing, _ = newest_complete(config.save)
         if existing is not None:
             raise UserError(
                 f"--save {config.save}: already holds a checkpoint of step {existing}; "
@@ -74,18 +124,39 @@ def check_resume(config: TrainingConfig, world_size: int, tokenizer: SentencePie
         return None
     saved = read_run(config.load or "", step)
     _require_same(config, saved, ARCHITECTURE, "of another architecture")
-    _require_same(config, saved, LAYOUT, "in another layout")
-    if saved["world_size"] != world_size:
-        raise UserError(
-            f"--load {config.load}: saved by {saved['world_size']} processes, this run has {world_size}; "
-            f"start {saved['world_size']} (--nproc-per-node)"
-        )
+    if not same_layout(config, world_size, saved):
+        _require_changeable(config, world_size, saved)
+    _require_same_vocabulary(config, saved, tokenizer.vocab_size)
     if saved["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(
             f"--tokenizer-model {config.tokenizer_model}: not the tokenizer that {config.load} was trained with; "
             "give that model"
         )
     return step
+
+
+def same_layout(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> bool:
+    """Whether this run has the processes, tensor-parallel size and ZeRO stage of a checkpoint's `run.json`."""
+    return saved["world_size"] == world_size and all(saved["settings"][n] == getattr(config, n) for n in LAYOUT)
+
+
+def _require_changeable(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> None:
+    """ZeRO 1 and 2 checkpoints can be read in any layout of ZeRO 1 and 2."""
+    there, here = saved["settings"]["zero_stage"], config.zero_stage
+    if there in RESHARDABLE and here in RESHARDABLE:
+        return
+    settings = saved["settings"]
+    differs = {
+        "--zero-stage": (there, here),
+        "--tensor-model-parallel-size": (settings["tensor_model_parallel_size"], config.tensor_model_parallel_size),
+        "--nproc-per-node (processes in all)": (saved["world_size"], world_size),
+    }
+    flag, (before, now) = next((name, pair) for name, pair in differs.items() if pair[0] != pair[1])
+    raise UserError(
+        f"--load {config.load}: in another layout: its {flag} is {before}, this run's is {now}. DeepSpeed's files of "
+        f"ZeRO-{there if there not in RESHARDABLE else here} hold no layout-independent state; only ZeRO 1 and 2 "
+        f"change layout: use {before}"
+    )
 
 
 def _require_same(config: TrainingConfig, saved: dict[str, Any], names: tuple[str, ...], what: str) -> None:
@@ -97,6 +168,19 @@ def _require_same(config: TrainingConfig, saved: dict[str, Any], names: tuple[st
                 f"--load {config.load}: a checkpoint {what}: its {flag} is {there}, this run's is {here}; "
                 f"use {flag} {there} or another --load and --save folder"
             )
+
+
+def _require_same_vocabulary(config: TrainingConfig, saved: dict[str, Any], vocab_size: int) -> None:
+    """The padded rows of the embedding take part in the softmax: their number belongs to the model."""
+    names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    there = dataclasses.replace(config, **{name: saved["settings"][name] for name in names})
+    rows, before = config.padded_vocab_size(vocab_size), there.padded_vocab_size(vocab_size)
+    if rows != before:
+        unit = there.make_vocab_size_divisible_by * there.tensor_model_parallel_size
+        raise UserError(
+            f"--make-vocab-size-divisible-by {config.make_vocab_size_divisible_by}: pads the vocabulary to {rows}, the "
+            f"checkpoint's is {before}; use {unit // config.tensor_model_parallel_size} at this tensor-parallel size"
+        )
 
 
 def changed_settings(config: TrainingConfig, step: int) -> list[str]:

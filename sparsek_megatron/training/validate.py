@@ -9,6 +9,7 @@ from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import require_writable_folder
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
+from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.run_folder import check_resume
 
 _AT_LEAST_ONE = (
@@ -20,7 +21,10 @@ _AT_LEAST_ONE_OR_NONE = (
     "ffn_hidden_size", "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
     "max_position_embeddings",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n")
+_AT_LEAST_ZERO = (
+    "lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
+    "hang_timeout_seconds", "max_skipped_steps",
+)  # fmt: skip
 
 
 def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
@@ -32,6 +36,7 @@ def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
     check_ranges(config)
     check_parallelism(config, world_size)
     check_precision(config, on_gpu=on_gpu)
+    check_deepspeed(config, world_size, on_gpu=on_gpu)
     sparsek_config(config)
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     check_data(data_paths(config), tokenizer, config.tokenizer_model)
@@ -105,11 +110,12 @@ def check_parallelism(config: TrainingConfig, world_size: int) -> None:
                 f"--seq-length {config.seq_length}: not divisible by --tensor-model-parallel-size {tp} "
                 f"under --sequence-parallel; use a multiple of {tp}"
             )
-    step = config.micro_batch_size * (world_size // tp)
+    data_parallel = config.data_parallel_size(world_size)
+    step = config.micro_batch_size * data_parallel
     if config.global_batch_size is not None and config.global_batch_size % step:
         raise UserError(
             f"--global-batch-size {config.global_batch_size}: not a multiple of --micro-batch-size "
-            f"{config.micro_batch_size} x {world_size // tp} data-parallel ranks = {step}"
+            f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {step}"
         )
 
 
@@ -123,6 +129,16 @@ def check_precision(config: TrainingConfig, *, on_gpu: bool) -> None:
             "--zero-stage 0: with bf16 and tensor parallelism DeepSpeed clips by a wrong gradient norm; "
             "use --zero-stage 1"
         )
+
+
+def check_deepspeed(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
+    """ZeRO's own settings and the user's JSON file."""
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise UserError("--offload-optimizer: needs a partitioned optimizer; use --zero-stage 1, 2 or 3")
+    if config.peak_tflops is not None and not config.peak_tflops > 0:
+        raise UserError(f"--peak-tflops {config.peak_tflops}: must be above 0")
+    bf16 = on_gpu if config.bf16 is None else config.bf16
+    build_ds_config(config, data_parallel=config.data_parallel_size(world_size), bf16=bf16, overlap=on_gpu)
 
 
 def sparsek_config(config: TrainingConfig) -> SparseKConfig:

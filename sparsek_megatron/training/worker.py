@@ -12,6 +12,7 @@ from sparsek_megatron.files import lock_folder, require_free_space
 from sparsek_megatron.training import checkpoint, parallel
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine
+from sparsek_megatron.training.flops import flops_per_token, peak_tflops
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, uses_bf16
 from sparsek_megatron.training.report import Report
@@ -44,11 +45,12 @@ def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
         needed = own_parameters * config.tensor_model_parallel_size * _BYTES_PER_PARAMETER
         require_free_space(Path(config.save), needed, "--save")
     engine, optimizer = build_engine(config, model, machine)
-    start = check_resume(config, machine.world_size, tokenizer) or 0
+    chosen = checkpoint.choose(Path(config.load), machine) if config.load else None
+    start = check_resume(config, machine.world_size, tokenizer, step=chosen) or 0
     if start:
         checkpoint.load(engine, config, machine, step=start)
     paths = data_paths(config)
-    data_parallel = machine.world_size // config.tensor_model_parallel_size
+    data_parallel = config.data_parallel_size(machine.world_size)
     batch = config.global_batch_size or config.micro_batch_size * data_parallel
     train_set, valid_set = build_datasets(
         paths,
@@ -66,6 +68,8 @@ def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
             config,
             start=start,
             tokens_per_step=batch * config.seq_length,
+            peak_flops=_peak_flops(config, machine),
+            flops_per_token=flops_per_token(config, config.padded_vocab_size(tokenizer.vocab_size)),
             entropy=validation_entropy(paths, tokenizer.vocab_size),
         )
     trainer = Trainer(
@@ -81,6 +85,14 @@ def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
         lock.close()
 
 
+def _peak_flops(config: TrainingConfig, machine: parallel.Machine) -> float | None:
+    """bfloat16 operations per second of all GPUs together; None where it is not known, or the run is in float32."""
+    if not uses_bf16(config, on_gpu=machine.on_gpu) or not machine.on_gpu:
+        return None
+    peak = config.peak_tflops or peak_tflops(torch.cuda.get_device_name())
+    return peak * 1e12 * machine.world_size if peak else None
+
+
 def _introduce(
     config: TrainingConfig, machine: parallel.Machine, own_parameters: int, optimizer: str, start: int
 ) -> None:
@@ -90,7 +102,8 @@ def _introduce(
     tp = config.tensor_model_parallel_size
     sequence = " with sequence parallelism" if config.sequence_parallel else ""
     print(
-        f"{machine.world_size} x {device}: {backend}, {precision}, TP={tp}{sequence}, DP={machine.world_size // tp}, "
+        f"{machine.world_size} x {device}: {backend}, {precision}, TP={tp}{sequence}, "
+        f"DP={config.data_parallel_size(machine.world_size)}, "
         f"ZeRO-{config.zero_stage}, {optimizer}, {own_parameters / 1e6:.2f}M parameters on each rank",
         flush=True,
     )

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of the layouts that `test_parallel_training` compares: prints each layout's losses and gradient norms."""
 
+import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from sparsek_megatron.data.datasets import build_datasets
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
@@ -15,8 +20,11 @@ from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.checkpoint import load
 from sparsek_megatron.training.engine import build_engine
 from sparsek_megatron.training.loop import Trainer
-from sparsek_megatron.training.model import build_model
+from sparsek_megatron.training.model import build_model, token_losses
+from sparsek_megatron.training.schedule import learning_rate
 from sparsek_megatron.training.validate import data_paths
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 
 
 class Recorder:
@@ -34,12 +42,18 @@ class Recorder:
     def line(self, text):
         pass
 
-    def resume_clock(self):
+    def checkpoint(self, **record):
         pass
 
 
-def trajectory(argv: list[str], *, resume_at: int | None = None) -> list[list[float]]:
-    """Losses and gradient norms of a run; with `resume_at`, its engine is rebuilt from that checkpoint midway."""
+def trajectory(
+    argv: list[str], *, resume_at: int | None = None, start_at: int = 0, dump: str | None = None
+) -> dict[str, Any]:
+    """Losses and gradient norms of a run, and whether the weights that tensor-parallel ranks share are bitwise equal.
+
+    With `resume_at`, the engine is rebuilt from that checkpoint midway; `start_at` is a checkpoint of --load that the
+    run starts from; `dump` is a file for the state that it starts from.
+    """
     config, _ = parse(argv)
     machine = parallel.initialize(config)
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
@@ -59,17 +73,114 @@ def trajectory(argv: list[str], *, resume_at: int | None = None) -> list[list[fl
         )  # fmt: skip
 
     first = trainer()
-    first.train(0)
+    if start_at:
+        load(first.engine, config, machine, step=start_at)
+    if dump:
+        save_state(first.engine, machine, dump)
+    first.train(start_at)
+    shared = shared_weights_are_equal(first.engine.module)
     if resume_at is not None:
         recorder.records.append("resumed")
         again = trainer()
         load(again.engine, config, machine, step=resume_at)
         again.train(resume_at)
     parallel.shutdown()
-    return recorder.records
+    return {"records": recorder.records, "shared_weights_are_equal": shared}
+
+
+def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:
+    """Tensor-parallel shards of each parameter's weights, fp32 weights and moments, in rank order; Adam's steps."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    group = parallel_state.get_tensor_model_parallel_group()
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        values = [parameter.detach(), safe_get_full_fp32_param(parameter)]
+        values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
+        for key, value in zip(("weights", "fp32", "exp_avg", "exp_avg_sq"), values, strict=True):
+            shards = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(shards, value.contiguous(), group=group)
+            found[f"{name}:{key}"] = shards
+    state = engine.optimizer.optimizer.state
+    steps = [float(state[flat]["step"]) for flat in engine.optimizer.single_partition_of_fp32_groups]
+    if machine.is_first:
+        torch.save({"shards": found, "steps": steps}, path)
+
+
+def shared_weights_are_equal(model: torch.nn.Module) -> bool:
+    """Whether parameters that are not sharded (norms, scorers) have the same bits on every tensor-parallel rank."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine = {n: p.tolist() for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)}
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return len(mine) > 0 and all(each == mine for each in every)
+
+
+def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
+    """The same run by megatron-core's own data parallelism and distributed optimizer, without DeepSpeed."""
+    from cuda_to_cpu import cuda_to_cpu
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config, _ = parse(argv)
+    machine = parallel.initialize(config)
+    tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
+    train_set, _ = build_datasets(
+        data_paths(config), tokenizer, sequence_length=config.seq_length,
+        train_samples=config.train_iters * config.global_batch_size, valid_samples=0, seed=config.seed,
+        cache=Path(config.save),
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    with cuda_to_cpu():
+        model = build_model(config, tokenizer.vocab_size, on_gpu=False)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        wrapped = DistributedDataParallel(model.config, ddp, model)
+        settings = OptimizerConfig(
+            optimizer="adam", lr=config.lr, min_lr=0.0, weight_decay=config.weight_decay, clip_grad=config.clip_grad,
+            adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps,
+            use_distributed_optimizer=True,
+        )  # fmt: skip
+        optimizer = get_megatron_optimizer(settings, [wrapped])
+        # Only its batches: the engine is never asked for.
+        loop = Trainer.__new__(Trainer)
+        loop.config, loop.machine, loop.global_batch = config, machine, config.global_batch_size
+        loop._mpu, loop._data_parallel = parallel.DeepSpeedMpu(), parallel_state.get_data_parallel_world_size()
+        data = loop._batches(train_set, 0, config.train_iters)
+        micro_batches = config.global_batch_size // (config.micro_batch_size * loop._data_parallel)
+        records = []
+        for step in range(config.train_iters):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+                group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)  # its scheduler's work
+            wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+            total = torch.zeros(())
+            for micro_batch in range(micro_batches):
+                last = micro_batch == micro_batches - 1
+                with contextlib.nullcontext() if last else wrapped.no_sync():
+                    batch = next(data)
+                    loss = token_losses(wrapped, batch["tokens"], batch["labels"]).float().mean() / micro_batches
+                    loss.backward()
+                total += loss.detach()
+            finalize_model_grads([wrapped])
+            updated, norm, _ = optimizer.step()
+            assert updated
+            records.append([loop._mean_over_ranks(total), float(norm)])
+    parallel.shutdown()
+    return {"records": records}
 
 
 if __name__ == "__main__":
-    results = {name: trajectory(**case) for name, case in json.loads(sys.argv[1]).items()}
+    runs = {"deepspeed": trajectory, "mcore": mcore_trajectory}
+    results = {}
+    for name, case in json.loads(sys.argv[1]).items():
+        begun = time.perf_counter()
+        results[name] = runs[case.pop("by", "deepspeed")](**case)
+        results[name]["seconds"] = time.perf_counter() - begun
     if os.environ.get("RANK", "0") == "0":
         print("RESULTS " + json.dumps(results))

@@ -9,6 +9,7 @@ from programs import REPOSITORY, run
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, parse
+from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.pretrain import pretrain
 from sparsek_megatron.training.validate import check_precision, check_ranges, sparsek_config
 
@@ -136,8 +137,9 @@ def checkpoint_of(config: TrainingConfig, save: Path, tokenizer_sha256: str, **c
     settings = asdict(config) | {name: getattr(config, name) for name in names} | changes
     folder = save / "step_00000003"
     folder.mkdir(parents=True)
-    run_json = {"step": 3, "world_size": changes.pop("world_size", 1), "settings": settings}
+    run_json = {"step": 3, "world_size": changes.get("world_size", 1), "settings": settings}
     (folder / "run.json").write_text(json.dumps(run_json | {"tokenizer_sha256": tokenizer_sha256}))
+    write_manifest(folder, {"run.json": record_of(folder / "run.json")})
     (save / "latest").write_text(folder.name)
 
 
@@ -147,8 +149,9 @@ def checkpoint_of(config: TrainingConfig, save: Path, tokenizer_sha256: str, **c
         ({"num_layers": 5}, "a checkpoint of another architecture: its --num-layers is 5, this run's is 2"),
         ({"query_groups": 4}, "its --num-query-groups is 4, this run's is 2"),
         ({"sparsek_gate": "value"}, "its --sparsek-gate is value"),
-        ({"zero_stage": 2}, "in another layout: its --zero-stage is 2"),
-        ({"world_size": 4}, "saved by 4 processes, this run has 1; start 4"),
+        ({"zero_stage": 3}, "in another layout: its --zero-stage is 3, this run's is 1. DeepSpeed's files of ZeRO-3"),
+        ({"zero_stage": 0}, "its --zero-stage is 0, this run's is 1. DeepSpeed's files of ZeRO-0"),
+        ({"make_vocab_size_divisible_by": 500}, "pads the vocabulary to 512, the checkpoint's is 1000; use 500 at"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(prepared, refused, tmp_path, changes, said):
@@ -167,7 +170,21 @@ def test_checkpoints_are_not_replaced_by_accident(prepared, refused, tmp_path):
     assert "already holds a checkpoint of step 3; resume it with --load" in refused(pretrain, flags, "")
     assert "not the tokenizer that" in refused(pretrain, [*flags, "--load", str(save)], "")
     (save / "latest").write_text("step_00000009")
-    assert "names 'step_00000009', which is not a checkpoint" in refused(pretrain, [*flags, "--load", str(save)], "")
+    (save / "step_00000003" / "run.json").unlink()
+    message = refused(pretrain, [*flags, "--load", str(save)], "")
+    assert "no checkpoint there is complete" in message and "run.json is missing" in message
+    assert "latest: names step_00000009, which is not there" in message
+
+
+def test_a_zero3_checkpoint_of_other_processes_is_refused(prepared, refused, tmp_path):
+    from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+
+    save = tmp_path / "run"
+    flags = [*prepared.flags(save), "--load", str(save), "--zero-stage", "3"]
+    sha256 = SentencePieceTokenizer.load(prepared.tokenizer).sha256
+    checkpoint_of(parse(flags)[0], save, sha256, world_size=4)
+    message = refused(pretrain, flags, "")
+    assert "its --nproc-per-node (processes in all) is 4, this run's is 1" in message and "only ZeRO 1 and 2" in message
 
 
 def test_bf16_with_tensor_parallelism_needs_zero(prepared):

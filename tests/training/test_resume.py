@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from programs import Prepared, kill_all, run, start
 
+from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import read_metrics
 
 PARALLEL = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -106,20 +107,29 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(prepared, uninterru
     assert not list(save.glob("*step_00000006"))
 
 
-def test_a_damaged_checkpoint_is_named(prepared, uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(prepared, uninterrupted, tmp_path):
     save = copy_at(uninterrupted, tmp_path / "damaged", 6)
     file = next((save / "step_00000006").glob("zero_pp_rank_0_mp_rank_01*"))
-    file.write_bytes(file.read_bytes()[:1000])
-    said = train(prepared, save, code=2)
-    assert "the checkpoint of step 6 cannot be read" in said and "Traceback" not in said
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = train(prepared, save)
+    assert f"{save / 'step_00000006'}: {file.name} is damaged (its checksum differs); it is passed over" in said
+    assert f"resuming {save} from step 3" in said and "Traceback" not in said
+    assert trajectory(save) == trajectory(uninterrupted)
+    assert check_sizes(save / "step_00000006") is None and check_contents(save / "step_00000006") is None
 
 
 def test_a_loss_that_is_no_number_stops_the_run(prepared, tmp_path):
     save = tmp_path / "nan"
-    said = run("pretrain_gpt.py", *prepared.flags(save), "--lr", "1e30", "--save-interval", "1", code=2)
+    flags = [*prepared.flags(save), "--lr", "1e30", "--save-interval", "1", "--max-skipped-steps", "2"]
+    said = run("pretrain_gpt.py", *flags, code=2)
     error = said.splitlines()[-1]
-    assert error.startswith("error: step 2: the ") and "stopped" in error and "--lr" in error, said
+    assert error.startswith("error: step 4: the loss is ") and "stopped" in error and "--lr" in error, said
+    assert "step 2: skipped, its gradient is not finite" in said and "1 in a row, limit 2" in said
+    assert "step 3: no checkpoint after a skipped step" in said
     assert f"resume from {save} (step 1)" in error
+    assert [r["grad_norm"] for r in trajectory(save) if "loss" in r][1:] == [None] * 3
     assert (save / "latest").read_text() == "step_00000001"
 
 

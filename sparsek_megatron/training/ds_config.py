@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's configuration: made from the run's settings, or a user's JSON file whose "auto" values they fill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.training.arguments import TrainingConfig
+
+AUTO = "auto"
+_NEVER = 10**9
+
+# Settings that the run's flags decide: a file may leave them out, say "auto", or repeat the flag's value.
+OWNED = {
+    "train_batch_size": "--global-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--global-batch-size",
+    "gradient_clipping": "--clip-grad",
+    "zero_optimization.stage": "--zero-stage",
+    "zero_optimization.offload_optimizer.device": "--offload-optimizer",
+    "bf16.enabled": "--bf16",
+}
+# Settings that train wrongly, or not at all, under Megatron's parallelism or this loop.
+REFUSED = {
+    "optimizer": "this program builds the optimizer from its own flags (--lr, --adam-beta1, --weight-decay)",
+    "scheduler": "the learning rate follows --lr-decay-style, which needs no state to resume",
+    "fp16": "weights are bfloat16 or float32 here; use --bf16",
+    "amp": "weights are bfloat16 or float32 here; use --bf16",
+    "sequence_parallel_size": "DeepSpeed's sequence parallelism (Ulysses) beside Megatron's doubles the gradients; "
+    "use --sequence-parallel",
+    "tensor_parallel": "layers are sharded by Megatron; use --tensor-model-parallel-size",
+    "pipeline": "DeepSpeed's pipeline engine refuses ZeRO 2 and 3, and mcore's schedules bypass DeepSpeed's backward",
+    "elasticity": "the global batch is a setting of the run; start other numbers of processes and resume",
+    "zero_optimization.offload_param": "parameters stay on the GPU here; use --zero-stage 3 without it",
+    "zero_optimization.elastic_checkpoint": "checkpoints change layout without it",
+    "zero_optimization.round_robin_gradients": "it reorders the partitions that a checkpoint is cut into",
+}
+
+
+def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run of `data_parallel` ranks.
+
+    Raises:
+        UserError: --deepspeed-config cannot be read, or contradicts the run.
+    """
+    per_pass = config.micro_batch_size * data_parallel
+    batch = config.global_batch_size or per_pass
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": overlap}
+    if config.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000
+    zero["offload_optimizer"] = {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": overlap}
+    ours = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": batch // per_pass,
+        "gradient_clipping": config.clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # The client optimizer is DeepSpeedCPUAdam where the state is offloaded: see engine.build_optimizer.
+        "bf16": {"enabled": bf16},
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+    if config.deepspeed_config:
+        return _merged(config.deepspeed_config, _read(config.deepspeed_config), ours, "")
+    return ours
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as err:
+        raise UserError(f"--deepspeed-config {path}: cannot be read ({err.strerror}); check the path") from None
+    except ValueError as err:
+        raise UserError(f"--deepspeed-config {path}: not valid JSON ({err}); mend the file") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--deepspeed-config {path}: must hold an object of DeepSpeed's settings")
+    return loaded
+
+
+def _merged(path: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The file's settings with "auto" filled in, over ours."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        key = prefix + name
+        if key in REFUSED:
+            raise UserError(f"--deepspeed-config {path}: {key}: {REFUSED[key]}; leave it out")
+        if value == AUTO:
+            if name not in ours:
+                raise UserError(f'--deepspeed-config {path}: {key}: this program has no value for "auto"; give one')
+        elif isinstance(value, dict) and isinstance(ours.get(name, {}), dict):
+            merged[name] = _merged(path, value, ours.get(name, {}), f"{key}.")
+        elif key in OWNED and value != ours[name]:
+            raise UserError(
+                f'--deepspeed-config {path}: {key}: {value!r}, but this run has {ours[name]!r}; write "auto" there or '
+                f"change {OWNED[key]}"
+            )
+        else:
+            merged[name] = value
+    return merged

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a checkpoint in the background, so that it is complete or absent whatever happens.
+
+Every rank writes its files into one hidden folder, flushes them and reads them back. When all have said so through the
+store, the first rank adds the manifest, renames the folder and moves `latest`: in that order, each flushed before the
+next. A kill at any instant leaves the previous checkpoint in force. Nothing here runs a collective, so training goes on
+meanwhile.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from sparsek_megatron.errors import UserError, describe_os_error
+from sparsek_megatron.files import atomic_write, fsync_path, publish
+from sparsek_megatron.training.manifest import FileRecord, record_of, write_manifest
+from sparsek_megatron.training.parallel import Machine
+from sparsek_megatron.training.run_folder import LATEST, NAME, checkpoint_name, newest_complete
+
+PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+_DONE = "done"
+_numbers = itertools.count()
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time for this rank; every rank of the run has one and calls it at the same steps."""
+
+    def __init__(self, root: Path, machine: Machine, *, keep_last_n: int, timeout_seconds: float):
+        self._root = root
+        self._machine = machine
+        self._keep = keep_last_n
+        self._timeout = timeout_seconds
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._outcome = _DONE
+        self._news: list[str] = []
+
+    def folder(self, step: int) -> Path:
+        """The hidden folder that the files of `step` are written to."""
+        return self._root / (PARTIAL + checkpoint_name(step))
+
+    def clear(self) -> None:
+        """Remove what earlier attempts left half-written. For the first rank, before a checkpoint begins."""
+        for pattern in (PARTIAL, _REPLACED):
+            for stale in self._root.glob(pattern + "*"):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def begin(self, step: int, files: dict[str, Any], *, ready: Callable[[], None]) -> None:
+        """Start writing this rank's `files` (name to what `torch.save` takes) of the checkpoint of `step`.
+
+        `ready` is called by the writing thread first: it returns when their tensors may be read.
+        """
+        assert self._thread is None, "the previous checkpoint has not been waited for"
+        self._step = step
+        prefix = f"checkpoint_{next(_numbers)}"
+        self._thread = threading.Thread(
+            target=self._run, args=(prefix, step, files, ready), name="checkpoint-writer", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way, if any, is in force on disk.
+
+        Raises:
+            UserError: it could not be written (a full disk, say); the same on every rank.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._outcome != _DONE:
+            good, _ = newest_complete(self._root)
+            kept = "there is no earlier checkpoint" if good is None else f"the checkpoint of step {good} is intact"
+            raise UserError(
+                f"--save {self._root}: checkpoint of step {self._step} not written: {self._outcome} ({kept})"
+            )
+
+    def news(self) -> list[str]:
+        """Lines about what has been written since the last call."""
+        lines, self._news = self._news, []
+        return lines
+
+    def _run(self, prefix: str, step: int, files: dict[str, Any], ready: Callable[[], None]) -> None:
+        begun = time.perf_counter()
+        try:
+            ready()
+            folder = self.folder(step)
+            told = {"files": {name: asdict(_write(folder / name, state)) for name, state in files.items()}}
+        except Exception as err:
+            told = {"error": _reason(err)}
+        try:
+            self._outcome = self._agree(prefix, step, told)
+        except Exception as err:
+            self._outcome = _reason(err)
+        if self._outcome == _DONE:
+            seconds = time.perf_counter() - begun
+            self._news.append(f"step {step}: saved {self._root / checkpoint_name(step)} (written in {seconds:.1f} s)")
+
+    def _agree(self, prefix: str, step: int, told: dict[str, Any]) -> str:
+        """Tell the first rank how it went here; the outcome for the whole checkpoint."""
+        store, rank = self._machine.store, self._machine.rank
+        store.set(f"{prefix}/{rank}", json.dumps(told))
+        if rank == 0:
+            store.set(f"{prefix}/outcome", self._publish(prefix, step))
+        return self._get(f"{prefix}/outcome").decode()
+
+    def _get(self, key: str) -> bytes:
+        """A key's value once it is there. Asks and sleeps: a blocking wait would hold up the store's other users."""
+        deadline = time.monotonic() + self._timeout
+        pause = 0.001
+        while not self._machine.store.check([key]):
+            if time.monotonic() > deadline:
+                raise UserError(f"no word from the other processes within {self._timeout:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+        return self._machine.store.get(key)
+
+    def _publish(self, prefix: str, step: int) -> str:
+        folder, final = self.folder(step), self._root / checkpoint_name(step)
+        try:
+            records: dict[str, FileRecord] = {}
+            for rank in range(self._machine.world_size):
+                told = json.loads(self._get(f"{prefix}/{rank}"))
+                if "error" in told:
+                    raise UserError(told["error"])
+                records |= {name: FileRecord(**record) for name, record in told["files"].items()}
+            for path in folder.iterdir():  # what DeepSpeed adds of its own accord
+                if path.name not in records:
+                    fsync_path(path)
+                    records[path.name] = record_of(path)
+            write_manifest(folder, records)
+            fsync_path(folder)
+            if final.exists():  # of a trajectory that was given up, or damaged
+                os.replace(final, final.with_name(_REPLACED + final.name))
+            publish(folder, final)
+            with atomic_write(self._root / LATEST) as stream:
+                stream.write(final.name)
+            self._prune(step)
+        except Exception as err:
+            shutil.rmtree(folder, ignore_errors=True)
+            return _reason(err)
+        return _DONE
+
+    def _prune(self, step: int) -> None:
+        """Remove all but the `keep_last_n` newest up to `step`, the one just written and read back among them."""
+        for replaced in self._root.glob(_REPLACED + "*"):
+            shutil.rmtree(replaced, ignore_errors=True)
+        if self._keep:
+            earlier = sorted(p for p in self._root.iterdir() if (m := NAME.fullmatch(p.name)) and int(m[1]) < step)
+            for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, state: Any) -> FileRecord:
+    """Write one file, flush it, read it back.
+
+    Raises:
+        OSError: it cannot be written, or what is on the disk is not what was written.
+    """
+    with open(path, "wb") as stream:
+        hashing = _HashingStream(stream)
+        torch.save(state, hashing)
+        stream.flush()
+        os.fsync(stream.fileno())
+        # Else the read below would see the page cache and not the disk.
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    record = FileRecord(hashing.size, hashing.digest.hexdigest())
+    if record_of(path) != record:
+        raise OSError(f"{path.name} reads back other than it was written: the disk is failing")
+    return record
+
+
+class _HashingStream:
+    """A writable stream for `torch.save` that hashes and counts what passes through."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self._stream.write(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _reason(err: BaseException) -> str:
+    """What went wrong, in one line; torch.save wraps the file system's error in a RuntimeError of its own."""
+    seen: BaseException | None = err
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return describe_os_error(seen, "the checkpoint") or str(seen)
+        if isinstance(seen, UserError):
+            return str(seen)
+        seen = seen.__cause__ or seen.__context__
+    return " ".join("".join(traceback.format_exception_only(err)).split())

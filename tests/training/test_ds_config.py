@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's configuration: "auto" filled from the run, contradictions and unsafe settings refused."""
+
+import dataclasses
+import json
+
+import pytest
+from programs import REPOSITORY
+
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.ds_config import build_ds_config
+
+CONFIG = TrainingConfig(micro_batch_size=2, global_batch_size=16, clip_grad=0.7, zero_stage=2)
+
+
+def build(tmp_path, settings, config=CONFIG, bf16=False):
+    path = tmp_path / "ds.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    config = dataclasses.replace(config, deepspeed_config=str(path))
+    return build_ds_config(config, data_parallel=4, bf16=bf16, overlap=False)
+
+
+def test_auto_is_filled_from_the_run_and_the_rest_is_passed_on(tmp_path):
+    settings = {
+        "train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 12345},
+        "comms_logger": {"enabled": True},
+    }  # fmt: skip
+    built = build(tmp_path, settings, bf16=True)
+    assert built["train_batch_size"] == 16 and built["gradient_accumulation_steps"] == 2
+    assert built["gradient_clipping"] == 0.7 and built["bf16"]["enabled"] is True
+    assert built["zero_optimization"]["stage"] == 2 and built["zero_optimization"]["reduce_bucket_size"] == 12345
+    assert built["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_example_fits_a_run_of_its_stage(path):
+    stage = int(path.stem.split("zero")[1][0])
+    config = dataclasses.replace(
+        CONFIG, zero_stage=stage, offload_optimizer="offload" in path.stem, deepspeed_config=str(path)
+    )
+    built = build_ds_config(config, data_parallel=4, bf16=True, overlap=True)
+    assert "auto" not in json.dumps(built)
+    assert built["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_optimization": {"stage": 3}}, r'stage: 3, but this run has 2; write "auto".*--zero-stage'),
+        ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0, but this run has 0.7"),
+        ({"train_micro_batch_size_per_gpu": 1}, "change --micro-batch-size"),
+        ({"sequence_parallel_size": 2}, "Ulysses"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: this program builds"),
+        ({"pipeline": {}}, "pipeline engine refuses ZeRO 2 and 3"),
+        ({"fp16": {"enabled": True}}, "use --bf16"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"comms_logger": "auto"}, 'no value for "auto"'),
+        ("{", "not valid JSON"),
+        ("[]", "must hold an object"),
+    ],
+)  # fmt: skip
+def test_what_would_train_otherwise_than_the_flags_say_is_refused(tmp_path, settings, said):
+    with pytest.raises(UserError, match=rf"--deepspeed-config .*{said}"):
+        build(tmp_path, settings)
+
+
+def test_an_absent_file_is_named():
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+        build_ds_config(
+            dataclasses.replace(CONFIG, deepspeed_config="absent.json"), data_parallel=4, bf16=False, overlap=False
+        )
