@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of two revisions: its arithmetic, and one small run of real revisions."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "compare.py"
+TINY = "--lengths 64 --heads 2 --kv-heads 1 --dim 16 --topk 4 --window 4 --stride 4 --dtype float32 --budget-ms 1"
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules["compare"] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_ratios_are_of_runs_of_one_round(module):
+    """Both slow down together in the second round: that is no difference between them."""
+    (case,) = module.compare([({"x": 1.0}, {"x": 1.1}), ({"x": 2.0}, {"x": 2.2}), ({"x": 1.0}, {"x": 1.2})])
+    assert (case.a_ms, case.b_ms) == (1.0, 1.2)
+    assert case.ratio == pytest.approx(1.1)
+    assert case.slower_than(1.05) and not case.slower_than(1.15)
+    assert "1.100 to 1.200" in str(case)
+
+
+def runs(monkeypatch, module, times):
+    """`main` with made-up times: calls by label, in order."""
+    calls = []
+
+    def run(tree, argv, label):
+        calls.append(label)
+        return {"x": times[label]}
+
+    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(module, "checked_out", lambda revision, folder: module.contextlib.nullcontext(folder))
+    return calls
+
+
+def test_revisions_take_turns_and_a_slower_one_fails(monkeypatch, module, capsys):
+    calls = runs(monkeypatch, module, {"old": 1.0, "new": 1.2})
+    assert module.main(["old", "new", "--rounds", "3", "--fail-above", "1.1"]) == 1
+    assert calls == ["old", "new", "new", "old", "old", "new"]
+    assert "slower than 1.1 in every round: x" in capsys.readouterr().out
+    assert module.main(["old", "new", "--rounds", "1", "--fail-above", "1.3"]) == 0
+    assert module.main(["old", "new", "--rounds", "1"]) == 0
+
+
+def test_a_real_comparison_leaves_no_worktree():
+    def worktrees():
+        return subprocess.run(
+            ["git", "worktree", "list"], cwd=SCRIPT.parent, capture_output=True, text=True, check=True
+        ).stdout
+
+    before = worktrees()
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "HEAD",
+        ".",
+        "--rounds",
+        "1",
+        "--operations",
+        "select",
+        *TINY.split(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("select 64")
+    assert worktrees() == before
+
+
+def test_an_unknown_revision_is_named():
+    command = [sys.executable, str(SCRIPT), "no-such-revision", "."]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: no-such-revision: no such revision\n"
