@@ -55,9 +55,9 @@ def test_revisions_take_turns_and_a_slower_one_fails(monkeypatch, module, capsys
 
 def test_a_real_comparison_leaves_no_worktree():
     def worktrees():
-        return subprocess.run(
-            ["git", "worktree", "list"], cwd=SCRIPT.parent, capture_output=True, text=True, check=True
-        ).stdout
+        command = ["git", "worktree", "list", "--porcelain"]
+        done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if line.startswith("worktree")]
 
     before = worktrees()
     command = [
