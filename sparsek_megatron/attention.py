@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.context_parallel import context_parallel_attention, shard_positions
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import settings_from_environment
 from sparsek_megatron.inference import CachedScores, attend_cached, cache_rows, new_positions, rotary_at
@@ -58,19 +59,31 @@ def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
     return boundaries.to(torch.int32)
 
 
-def token_positions(length: int, boundaries: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each token [length], restarting at each packed sequence. Never synchronises the device."""
+def token_positions(
+    length: int, boundaries: Tensor | None, device: torch.device, *, cp: int = 1, cp_rank: int = 0
+) -> Tensor:
+    """Position of each of this rank's tokens [length], restarting at each packed sequence; no synchronisation.
+
+    boundaries int32 [num_seqs + 1] are global. Under context parallelism every sequence is sharded on its own, in
+    Megatron's zigzag layout.
+    """
     index = torch.arange(length, device=device)
     if boundaries is None:
-        return index
-    starts = boundaries.to(index.dtype)
-    sequence = torch.searchsorted(starts, index, right=True) - 1
-    return index - starts[sequence.clamp(min=0)]
+        return index if cp == 1 else shard_positions(length * cp, cp, cp_rank, device=device)
+    starts = boundaries.to(index.dtype) // cp
+    sequence = (torch.searchsorted(starts, index, right=True) - 1).clamp(0, starts.numel() - 2)
+    place = index - starts[sequence]
+    if cp == 1:
+        return place
+    chunk = starts.diff()[sequence] // 2
+    return torch.where(place < chunk, cp_rank * chunk + place, (2 * cp - 2 - cp_rank) * chunk + place)
 
 
 class SparseKCoreAttention(MegatronModule):
-    """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters, no communication.
+    """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters.
 
+    It communicates under context parallelism only (`sparsek_megatron.context_parallel`): s then counts this rank's
+    tokens, sharded in Megatron's zigzag layout, and the boundaries of packed sequences stay global.
     Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale`
     None means 1 / sqrt(hn). `sparsek` None reads the environment.
     """
@@ -101,6 +114,8 @@ class SparseKCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.cp_comm_type = cp_comm_type
+        self.cp_group = compat.context_parallel_group(config, pg_collection)
 
     def forward(
         self,
@@ -132,20 +147,21 @@ class SparseKCoreAttention(MegatronModule):
         else:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         settings = self.sparsek
-        out = sparsek_attention(
-            query,
-            key,
-            value,
-            attention_bias,
-            topk=settings.topk,
-            window=settings.window,
-            stride=settings.stride,
-            pool=settings.pool,
-            gate=settings.gate,
-            softmax_scale=self.softmax_scale,
-            cu_seqlens=boundaries,
-            backend=settings.backend,
-        )
+        options: dict[str, Any] = {
+            "topk": settings.topk,
+            "window": settings.window,
+            "stride": settings.stride,
+            "pool": settings.pool,
+            "gate": settings.gate,
+            "softmax_scale": self.softmax_scale,
+            "cu_seqlens": boundaries,
+            "backend": settings.backend,
+        }
+        if self.cp_group is not None:
+            options |= {"group": self.cp_group, "cp_comm_type": self.cp_comm_type}
+            out = context_parallel_attention(query, key, value, attention_bias, **options)
+        else:
+            out = sparsek_attention(query, key, value, attention_bias, **options)
         if boundaries is None:
             return out.transpose(0, 1).flatten(2)
         return out.squeeze(0).flatten(1)
@@ -215,7 +231,7 @@ class SparseKSelfAttention(SelfAttention):
         report_once(self.sparsek, source, length, {**(layer_slots or {}), **built})
 
     def scores(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
-        """Scores [b, s, ng/tp] fp32 of the whole sequence.
+        """Scores [b, s, ng/tp] fp32 of the whole sequence, or of this context-parallel rank's tokens of it.
 
         hidden_states [s, b, h], this rank's shard of it under sequence parallelism.
         """
@@ -223,7 +239,9 @@ class SparseKSelfAttention(SelfAttention):
             self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         )
         boundaries = packed_boundaries(packed_seq_params)
-        return self.scorer(hidden_states, token_positions(length, boundaries, hidden_states.device))
+        cp = compat.context_parallel_group(self.config, self.pg_collection)
+        shard = {} if cp is None else {"cp": cp.size(), "cp_rank": cp.rank()}
+        return self.scorer(hidden_states, token_positions(length, boundaries, hidden_states.device, **shard))
 
     def forward(
         self,
@@ -307,8 +325,12 @@ class SparseKSelfAttention(SelfAttention):
         return query, key, value, rotary_pos_emb, AttnMaskType.causal, None
 
     def _watch_pool(self, scores: Tensor, *, packed: bool) -> None:
-        """Every `overflow_interval` training forwards, warn where the pool overflows too often."""
+        """Every `overflow_interval` training forwards, warn where the pool overflows too often.
+
+        Looks at whole sequences only: not at packed ones, nor under context parallelism.
+        """
         settings = self.sparsek
+        packed = packed or self.config.context_parallel_size > 1
         if settings.overflow_warning is None or packed or not (self.training and torch.is_grad_enabled()):
             return
         self.training_forwards += 1

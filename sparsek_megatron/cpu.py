@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from megatron.core.fusions import fused_softmax
+from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.tensor_parallel import random as mcore_random
+
+from sparsek_megatron.context_parallel.layout import shard_sequence
 
 
 class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
@@ -54,6 +57,10 @@ def _causal_mask(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
+def _rotary_shard(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    return shard_sequence(pos_emb, cp_group.size(), cp_group.rank(), dim=seq_dim)
+
+
 def _current_device() -> torch.device:
     return torch.device("cpu")
 
@@ -61,9 +68,9 @@ def _current_device() -> torch.device:
 def enable_cpu() -> None:
     """Let megatron-core build and run models on CPU in this process, with gloo as the collective backend.
 
-    Replaces four things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two
-    functions that read and set the CUDA RNG state; the RNG tracker; and the default causal mask of stock dense
-    attention. Call it before
+    Replaces five things: `torch.cuda.current_device`, which megatron-core uses to place buffers; the two
+    functions that read and set the CUDA RNG state; the RNG tracker; the default causal mask of stock dense
+    attention; and the choice of a context-parallel rank's rotary angles, which goes through CUDA. Call it before
     `tensor_parallel.model_parallel_cuda_manual_seed`, and build models with `use_cpu_initialization=True`.
     Calling it twice is harmless. Raises RuntimeError where CUDA is available: there it would misplace
     tensors.
@@ -74,4 +81,6 @@ def enable_cpu() -> None:
     mcore_random._get_cuda_rng_state = _get_rng_state
     mcore_random._set_cuda_rng_state = _set_rng_state
     fused_softmax.get_default_causal_mask = _causal_mask  # pyright: ignore[reportAttributeAccessIssue]
+    for rotary in (rotary_pos_embedding, yarn_rotary_pos_embedding):
+        rotary.get_pos_emb_on_this_cp_rank = _rotary_shard  # pyright: ignore[reportAttributeAccessIssue]
     mcore_random.CudaRNGStatesTracker = CpuRNGStatesTracker  # pyright: ignore[reportAttributeAccessIssue]

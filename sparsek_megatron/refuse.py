@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from sparsek_megatron import compat
+from sparsek_megatron.context_parallel.attention import check_method
 
 
 def check_model_config(config: TransformerConfig) -> None:
@@ -68,9 +69,9 @@ def check_model_config(config: TransformerConfig) -> None:
             f"--normalization {config.normalization}: use RMSNorm or LayerNorm",
         ),
         (
-            config.context_parallel_size > 1,
-            f"--context-parallel-size {config.context_parallel_size}: not supported by this release; use "
-            "tensor and sequence parallelism, whose cost per query is flat in the sequence length",
+            getattr(config, "hybrid_context_parallel", False),
+            "--hybrid-context-parallel: SparseK attention takes one context-parallel size for all sequences; leave it "
+            "out",
         ),
         (
             compat.attention_backend_overwrites(config),
@@ -81,6 +82,26 @@ def check_model_config(config: TransformerConfig) -> None:
     for refused, message in refusals:
         if refused:
             raise NotImplementedError(message)
+    check_context_parallel(config)
+
+
+def check_context_parallel(config: TransformerConfig) -> None:
+    """Refuse a `cp_comm_type` other than p2p and a2a, and a2a where a rank's KV heads do not divide.
+
+    Raises NotImplementedError naming the flag, its value and what to use.
+    """
+    cp, tp, groups = (
+        config.context_parallel_size,
+        config.tensor_model_parallel_size,
+        config.num_query_groups or config.num_attention_heads,
+    )
+    kinds = getattr(config, "cp_comm_type", None)
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if cp > 1 and check_method(kind) == "a2a" and max(groups // tp, 1) % cp:
+            raise NotImplementedError(
+                f"--cp-comm-type a2a: {max(groups // tp, 1)} KV heads on a tensor-parallel rank do not divide by "
+                f"--context-parallel-size {cp}; use --cp-comm-type p2p"
+            )
 
 
 def check_training_arguments(args: object) -> None:
@@ -99,6 +120,13 @@ def check_training_arguments(args: object) -> None:
         raise NotImplementedError(
             f"--cuda-graph-impl {graphs} with attention masks from the data loader: a replay cannot look at "
             "them; use --no-create-attention-mask-in-dataloader"
+        )
+    chunks = 2 * getattr(args, "context_parallel_size", 1)
+    length = getattr(args, "seq_length", None) or chunks
+    if chunks > 2 and length % chunks:
+        raise ValueError(
+            f"--seq-length {length} is not divisible by 2 x --context-parallel-size = {chunks}: pad it to "
+            f"{-(-length // chunks) * chunks}"
         )
     tp = getattr(args, "tensor_model_parallel_size", 1)
     if getattr(args, "sequence_parallel", False) and getattr(args, "seq_length", tp) % tp:

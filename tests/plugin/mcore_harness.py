@@ -24,10 +24,14 @@ VOCAB = 96
 
 
 def start_process_group() -> None:
-    """gloo over the ranks that torchrun started, or over this process alone; patient enough for busy
-    machines.
+    """gloo over the ranks that torchrun started, or over this process alone, patient enough for busy machines; NCCL
+    where CUDA is available and torchrun started more than one.
     """
-    enable_cpu()
+    on_gpu = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        enable_cpu()
     torch.set_num_threads(1)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16.1 without Transformer Engine leaves the name undefined
@@ -41,7 +45,8 @@ def start_process_group() -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     _layouts.clear()
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    timeout = datetime.timedelta(seconds=120)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
 
 
 _layouts: dict[tuple[int, ...], dict[str, Any]] = {}
@@ -55,14 +60,14 @@ def _parallel_state_globals() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def parallel(
-    tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, seed: int = 123
+    tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1, seed: int = 123, cp: int = 1
 ) -> Iterator[None]:
     """Megatron's process groups for these sizes, and the same seeds on all ranks.
 
     The groups of a layout are made once and put back on the next use: megatron-core makes dozens, and gloo keeps
     threads for each.
     """
-    layout = (torch.distributed.get_world_size(), tp, pp, vpp or 0, ep)
+    layout = (torch.distributed.get_world_size(), tp, pp, vpp or 0, ep, cp)
     if layout in _layouts:
         vars(parallel_state).update(_layouts[layout])
     else:
@@ -71,6 +76,7 @@ def parallel(
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
             expert_model_parallel_size=ep,
+            context_parallel_size=cp,
         )
         _layouts[layout] = _parallel_state_globals()
     torch.manual_seed(seed)
@@ -104,7 +110,7 @@ def tiny_config(**changes: Any) -> TransformerConfig:
         "init_method_std": 0.2,
     }
     settings.update(changes)
-    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         settings.setdefault(size, getattr(parallel_state, f"get_{size.removesuffix('_size')}_world_size")())
     if settings["pipeline_model_parallel_size"] > 1:
         settings.setdefault("pipeline_dtype", settings.get("params_dtype", torch.float32))
@@ -169,10 +175,12 @@ def _split_sizes(name: str, parameter: torch.nn.Parameter) -> tuple[int | None, 
     return parameter.partition_dim, 2 if "linear_fc1" in name else 1  # pyright: ignore
 
 
-def unshard(name: str, parameter: torch.nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
+def unshard(
+    name: str, parameter: torch.nn.Parameter, tensor: torch.Tensor, *, tolerance: float = 1e-9
+) -> torch.Tensor:
     """The whole of `tensor` (a weight or gradient of `parameter`) from its tensor-parallel shards.
 
-    A replicated one comes back as this rank has it, after a check that all ranks agree to 1e-9 relative.
+    A replicated one comes back as this rank has it, after a check that all ranks agree to `tolerance` relative.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     tp = group.size()
@@ -182,7 +190,7 @@ def unshard(name: str, parameter: torch.nn.Parameter, tensor: torch.Tensor) -> t
     if dimension is None:
         scale = tensor.abs().max().clamp(min=1e-30)
         for shard in shards:
-            if (shard - tensor).abs().max() > 1e-9 * scale:
+            if (shard - tensor).abs().max() > tolerance * scale:
                 raise AssertionError(f"{name} is replicated but differs between tensor-parallel ranks")
         return tensor.clone()
     pieces = [shard.chunk(parts, dimension) for shard in shards]

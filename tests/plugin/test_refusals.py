@@ -36,8 +36,10 @@ REFUSED = [
     ({"window_size": (128, 0)}, "SparseKConfig.window"),
     ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention"),
     ({"normalization": "L2Norm"}, "--normalization L2Norm"),
-    ({"context_parallel_size": 2}, "--context-parallel-size 2"),
-    ({"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"}, "--context-parallel-size 4"),
+    ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+    ({"cp_comm_type": "a2a+p2p", "context_parallel_size": 2}, "--cp-comm-type a2a+p2p: use p2p"),
+    ({"cp_comm_type": ["p2p", "all_gather"], "context_parallel_size": 2}, "--cp-comm-type all_gather: use p2p"),
+    ({"cp_comm_type": "a2a", "context_parallel_size": 4}, "2 KV heads on a tensor-parallel rank do not divide by"),
 ]
 
 

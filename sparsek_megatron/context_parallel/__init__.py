@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Context parallelism for SparseK attention: tokens sharded over ranks, traffic independent of sequence length."""
+
+from sparsek_megatron.context_parallel.agreement import check_agreement
+from sparsek_megatron.context_parallel.attention import context_parallel_attention
+from sparsek_megatron.context_parallel.layout import LAYOUTS, shard_positions, shard_sequence
+
+__all__ = ["LAYOUTS", "check_agreement", "context_parallel_attention", "shard_positions", "shard_sequence"]

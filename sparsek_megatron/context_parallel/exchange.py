@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's chunks need from earlier chunks, and the gradients' way back: three collectives each way, all of sizes
+that do not depend on the length of the sequence, without waiting for the device on the host.
+
+Forward:
+    all-gather      summaries of all chunks: sorted scores of the best `pool` keys and of the last tokens (`start`)
+    all-to-all      halo: the K/V rows of the window + stride - 1 tokens before each chunk
+    reduce-scatter  the `topk` selected K/V rows at each chunk's start. Every rank computes which rows these are; the
+                    owner of a row writes it into a zeroed buffer of [chunks, topk] rows. One contributor is not zero,
+                    so the sum is exact in any order.
+Backward, the transpose:
+    all-gather      gradients of the selected rows, and of the scores of each chunk's pool and last tokens
+    all-to-all      gradients of the halo
+Owners add in the order of the chunks: bitwise reproducible.
+
+Legend: C chunks of L tokens in the whole sequence, b batch, h KV heads of this rank, d head dimension,
+E = pool + recent + L keys that a chunk sees (`sparsek_kernels.selection.types`), recent = window + stride - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sparsek_kernels.selection.torch_backend import EMPTY
+from torch import Tensor
+
+from sparsek_megatron.context_parallel.layout import Layout
+from sparsek_megatron.context_parallel.start import Sizes, pool_scores, positions_of, start_states, summarise
+from sparsek_megatron.context_parallel.traffic import received
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of the halo of chunk `chunk`, which another chunk holds.
+
+    source, target  ranks          source_slot, start, stop  where the owner holds them: its chunk, tokens of it
+    target_slot, place  the needing rank's chunk, and the first row among its recent tokens
+    """
+
+    source: int
+    target: int
+    source_slot: int
+    start: int
+    stop: int
+    target_slot: int
+    place: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def halo_segments(layout: Layout, sizes: Sizes) -> list[Segment]:
+    """Every piece of every chunk's halo, ordered by chunk, then by position."""
+    segments = []
+    for chunk in range(sizes.chunks):
+        target, target_slot = layout.place(chunk)
+        begin = chunk * sizes.length
+        oldest = begin - sizes.recent
+        for owner in range(max(oldest, 0) // sizes.length, chunk):
+            source, source_slot = layout.place(owner)
+            start = max(oldest - owner * sizes.length, 0)
+            place = owner * sizes.length + start - oldest
+            segments.append(Segment(source, target, source_slot, start, sizes.length, target_slot, place))
+    return segments
+
+
+class Exchange:
+    """Geometry and collectives of one sequence length over one context-parallel group."""
+
+    def __init__(self, group: dist.ProcessGroup, layout: Layout, sizes: Sizes) -> None:
+        self.group, self.layout, self.sizes = group, layout, sizes
+        self.rank = group.rank()
+        self.owned = layout.owned(self.rank)
+        segments = halo_segments(layout, sizes)
+        cp = range(layout.cp)
+        self.sent = [[x for x in segments if x.source == self.rank and x.target == rank] for rank in cp]
+        self.kept = [[x for x in segments if x.target == self.rank and x.source == rank] for rank in cp]
+
+    def collective_order(self, device: torch.device) -> Tensor:
+        """Chunks in the order of a collective over ranks: rank by rank, [C] int64."""
+        first = torch.arange(self.layout.cp, device=device)
+        if self.layout.name == "contiguous":
+            return first
+        return torch.stack([first, self.sizes.chunks - 1 - first], dim=1).flatten()
+
+    def own(self, every: Tensor) -> Tensor:
+        """[C, ...] -> [own chunks, ...]."""
+        return torch.stack([every[chunk] for chunk in self.owned])
+
+    # Collectives.
+
+    def all_gather(self, mine: Tensor, name: str) -> Tensor:
+        """[own chunks, ...] on every rank -> [C, ...] in sequence order."""
+        out = mine.new_empty((self.sizes.chunks, *mine.shape[1:]))
+        dist.all_gather_into_tensor(out, mine.contiguous(), group=self.group)
+        received(name, (out.numel() - mine.numel()) * mine.element_size())
+        return out[self.collective_order(out.device).argsort()]
+
+    def reduce_scatter(self, every: Tensor, name: str) -> Tensor:
+        """[C, ...] in `collective_order` -> [own chunks, ...], summed over ranks."""
+        out = every.new_empty((len(self.owned), *every.shape[1:]))
+        dist.reduce_scatter_tensor(out, every, group=self.group)
+        received(name, (every.numel() - out.numel()) * every.element_size())
+        return out
+
+    def all_to_all(
+        self, sent: Tensor, to: list[list[Segment]], of: list[list[Segment]], name: str
+    ) -> tuple[Tensor, Any]:
+        """Rows [sum of `to`, ...] by target rank -> (rows [sum of `of`, ...] by source rank, the work to wait for)."""
+        given, taken = ([sum(x.rows for x in part) for part in parts] for parts in (to, of))
+        out = sent.new_empty((sum(taken), *sent.shape[1:]))
+        work = dist.all_to_all_single(out, sent, taken, given, group=self.group, async_op=True)
+        row = sent[:1].numel() if sent.shape[0] else out[:1].numel()
+        received(name, (sum(taken) - taken[self.rank]) * row * sent.element_size())
+        return out, work
+
+    # Where rows are.
+
+    def local_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(row among this rank's tokens, whether it is here) for global positions (-1: none)."""
+        chunk = torch.div(positions, self.sizes.length, rounding_mode="floor")
+        row = torch.full_like(positions, -1)
+        for slot, owned in enumerate(self.owned):
+            row = torch.where(chunk == owned, slot * self.sizes.length + positions % self.sizes.length, row)
+        return row.clamp(min=0), row >= 0
+
+    def tokens_of(self, segment: Segment) -> slice:
+        """Where the owner of a piece of halo holds it."""
+        base = segment.source_slot * self.sizes.length
+        return slice(base + segment.start, base + segment.stop)
+
+
+class StartFromEarlierChunks(torch.autograd.Function):
+    """Keys of this rank's chunks -> for each chunk all E keys that it sees, differentiable.
+
+    key, value [b, own * L, h, d], scores [b, own * L, h]. Returns (pool keys [own, b, h, pool] int64, recent scores
+    [own, b, h, recent] fp32, then for each own chunk key and value [b, E, h, d] and scores [b, E, h]; 0 where empty).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, scores: Tensor, exchange: Exchange
+    ) -> tuple[Tensor, ...]:
+        sizes, own = exchange.sizes, len(exchange.owned)
+        b, _, h, d = key.shape
+        pieces = scores.float().unflatten(1, (own, sizes.length)).unbind(1)
+        summaries = [summarise(x, c, sizes) for x, c in zip(pieces, exchange.owned, strict=True)]
+        sent = [key.new_empty((0, b, 2, h, d))]
+        for tokens in (exchange.tokens_of(segment) for part in exchange.sent for segment in part):
+            sent.append(torch.stack([key[:, tokens], value[:, tokens]], dim=1).movedim(2, 0))
+        halo, work = exchange.all_to_all(
+            torch.cat(sent), exchange.sent, exchange.kept, "all_to_all halo rows"
+        )
+        gathered = exchange.all_gather(torch.stack(summaries), "all_gather summaries")
+        pool, recent = start_states(gathered, sizes)
+
+        chosen = positions_of(pool[exchange.collective_order(pool.device)][..., : sizes.topk])
+        row, held = exchange.local_rows(chosen.permute(1, 0, 3, 2))  # [b, C, topk, h]
+        index = row.flatten(1, 2)[..., None].expand(-1, -1, -1, d)
+        rows = torch.stack([x.gather(1, index).unflatten(1, row.shape[1:3]) for x in (key, value)])
+        rows = rows.masked_fill(~held[..., None], 0).permute(2, 1, 3, 0, 4, 5)  # [C, b, topk, 2, h, d]
+        selected = exchange.reduce_scatter(rows.contiguous(), "reduce_scatter selected rows")
+
+        window = key.new_zeros((own, b, sizes.recent, 2, h, d))
+        work.wait()
+        place = 0
+        for segment in (s for part in exchange.kept for s in part):
+            stop = segment.place + segment.rows
+            window[segment.target_slot, :, segment.place : stop] = halo[
+                place : place + segment.rows
+            ].transpose(0, 1)
+            place += segment.rows
+
+        own_pool, own_recent = exchange.own(pool), exchange.own(recent)
+        carried = torch.cat([pool_scores(own_pool), own_recent], dim=-1).transpose(
+            2, 3
+        )  # [own, b, pool + recent, h]
+        carried = carried.masked_fill(carried == float("-inf"), 0).to(scores.dtype)
+        unread = key.new_zeros((b, sizes.pool - sizes.topk, h, d))
+        outputs = [own_pool, own_recent]
+        for slot in range(own):
+            tokens = slice(slot * sizes.length, (slot + 1) * sizes.length)
+            for i, x in enumerate((key, value)):
+                outputs.append(
+                    torch.cat([selected[slot, :, :, i], unread, window[slot, :, :, i], x[:, tokens]], dim=1)
+                )
+            outputs.append(torch.cat([carried[slot], scores[:, tokens]], dim=1))
+        ctx.exchange = exchange
+        ctx.save_for_backward(pool)
+        ctx.mark_non_differentiable(own_pool, own_recent)
+        ctx.set_materialize_grads(True)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, (pool,) = ctx.exchange, ctx.saved_tensors
+        sizes, own = exchange.sizes, len(exchange.owned)
+        first = sizes.pool + sizes.recent
+        by_slot = [gradients[2 + 3 * slot : 5 + 3 * slot] for slot in range(own)]
+        rows = torch.stack([torch.stack([x[:, :first] for x in g[:2]], dim=1) for g in by_slot])
+        b, _, _, h, d = rows.shape[1:]  # rows [own, b, 2, pool + recent, h, d]
+        halo = [rows.new_empty((0, b, 2, h, d))]
+        for segment in (s for part in exchange.kept for s in part):
+            place = sizes.pool + segment.place
+            halo.append(rows[segment.target_slot, :, :, place : place + segment.rows].movedim(2, 0))
+        halo, work = exchange.all_to_all(
+            torch.cat(halo), exchange.kept, exchange.sent, "all_to_all halo gradients"
+        )
+        scores = torch.stack([g[2][:, :first] for g in by_slot])  # [own, b, pool + recent, h]
+        scores = exchange.all_gather(scores.transpose(2, 3), "all_gather score gradients")
+        selected = rows[:, :, :, : sizes.topk].permute(0, 1, 4, 3, 2, 5)  # [own, b, h, topk, 2, d]
+        selected = exchange.all_gather(selected, "all_gather row gradients")
+
+        # One more row than tokens: it takes what belongs to other ranks.
+        spare = rows.new_zeros((b, 1, h, d))
+        d_key, d_value = (torch.cat([*(g[i][:, first:] for g in by_slot), spare], dim=1) for i in range(2))
+        d_scores = torch.cat([g[2][:, first:] for g in by_slot], dim=1)
+        _add_score_gradients(d_scores, scores, pool, exchange)
+        totals, last = _sum_over_chunks(selected, pool[..., : sizes.topk])
+        for i, x in enumerate((d_key, d_value)):
+            _add_rows(x, totals[..., i, :], positions_of(last), exchange)
+        work.wait()
+        place = 0
+        for segment in (s for part in exchange.sent for s in part):
+            tokens = exchange.tokens_of(segment)
+            for i, x in enumerate((d_key, d_value)):
+                x[:, tokens] += halo[place : place + segment.rows, :, i].transpose(0, 1)
+            place += segment.rows
+        return d_key[:, :-1], d_value[:, :-1], d_scores, None
+
+
+def _sum_over_chunks(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum each key's rows over the chunks that start with it selected, in fp32 and in the order of the chunks.
+
+    rows [C, b, h, topk, 2, d], keys [C, b, h, topk] descending. A key is selected at the starts of consecutive chunks
+    (one that leaves never returns), so each start adds its total to the start before. Returns (totals like rows, keys
+    with EMPTY wherever the key's total is elsewhere): every key that is left is unique.
+    """
+    totals = rows.to(torch.promote_types(rows.dtype, torch.float32)).clone()
+    last = keys.clone()
+    for chunk in range(keys.shape[0] - 1, 0, -1):
+        earlier = keys[chunk - 1].flip(-1).contiguous()  # ascending
+        place = torch.searchsorted(earlier, keys[chunk].contiguous()).clamp(max=keys.shape[-1] - 1)
+        same = (earlier.gather(-1, place) == keys[chunk]) & (keys[chunk] != EMPTY)
+        place = keys.shape[-1] - 1 - place
+        index = place[..., None, None].expand_as(totals[chunk])
+        totals[chunk - 1].scatter_add_(2, index, totals[chunk] * same[..., None, None])
+        last[chunk].masked_fill_(same, EMPTY)
+    return totals, last
+
+
+def _add_rows(x: Tensor, totals: Tensor, positions: Tensor, exchange: Exchange) -> None:
+    """x [b, own * L + 1, h, d] += totals [C, b, h, topk, d] of the positions [C, b, h, topk] this rank holds, in place.
+
+    Each position occurs once, so that every row has one writer; rows of other ranks go to the spare last row.
+    """
+    row, held = exchange.local_rows(positions)
+    row = torch.where(held, row, x.shape[1] - 1).permute(1, 0, 3, 2).flatten(1, 2)  # [b, C * topk, h]
+    index = row[..., None].expand(-1, -1, -1, x.shape[-1])
+    old = x.gather(1, index).to(totals.dtype)
+    x.scatter_(1, index, (old + totals.permute(1, 0, 3, 2, 4).flatten(1, 2)).to(x.dtype))
+
+
+def _add_score_gradients(x: Tensor, gradients: Tensor, pool: Tensor, exchange: Exchange) -> None:
+    """x [b, own * L, h] += gradients [C, b, h, pool + recent] of this rank's tokens, chunk by chunk, in place."""
+    sizes = exchange.sizes
+    b, tokens, h = x.shape
+    total = x.new_zeros(b, h, tokens + 1)
+    for chunk in range(1, sizes.chunks):
+        begin = chunk * sizes.length
+        recent = torch.arange(begin - sizes.recent, begin, device=x.device).clamp(min=-1)
+        positions = torch.cat([positions_of(pool[chunk]), recent.expand(b, h, -1)], dim=-1)
+        row, held = exchange.local_rows(positions)
+        total.scatter_add_(2, torch.where(held, row, tokens), gradients[chunk].to(x.dtype))
+    x += total[..., :tokens].transpose(1, 2)
