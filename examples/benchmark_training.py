@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Full training steps (forward, backward, optimizer) with dense, sliding-window and SparseK attention in one run.
+
+    python examples/benchmark_training.py --shape 1.3b --num-layers 4 --tokens 32768 131072
+    torchrun --nproc-per-node 4 examples/benchmark_training.py --shape 8b --tensor-model-parallel-size 4 --tokens 131072
+
+Random weights, real tokens, one sequence a step on each data-parallel rank. Each case takes `--warmup` steps, then
+`--steps` timed ones, then one under the profiler, which gives each kernel to a part of the step. An arm that
+runs out of memory says so and skips longer contexts. Writes training.csv and training.png into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsek_megatron.errors import UserError, report_user_errors
+from sparsek_megatron.flags import FlagParser
+from sparsek_megatron.quiet import quiet_dependencies
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = FlagParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", nargs="+", default=["1.3b"], help="tiny, 1.3b, 3b, 8b")
+    parser.add_argument("--num-layers", type=int, help="layers in place of the shape's, where all do not fit")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288, 1048576])
+    parser.add_argument("--arms", nargs="+", default=["dense", "window", "sparsek"])
+    parser.add_argument("--trainers", nargs="+", default=["deepspeed"], help="deepspeed, mcore")
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, help="with sequence parallelism above 1"
+    )
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--topk", type=int, default=512)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--stride", type=int, default=64)
+    parser.add_argument("--recompute-granularity", choices=("full", "selective"), default=None)
+    parser.add_argument(
+        "--cpu-offloading-num-layers", type=int, default=0, metavar="N",
+        help="keep the recompute checkpoints of the first N layers in pinned CPU memory",
+    )  # fmt: skip
+    parser.add_argument("--mlp-tile-tokens", type=int, help="compute MLPs in tiles of this many tokens")
+    parser.add_argument(
+        "--no-fusions", action="store_true", help="without megatron-core's fused activation and residual"
+    )
+    parser.add_argument(
+        "--whole-logits", action="store_true", help="Megatron's loss in place of the chunked one"
+    )
+    parser.add_argument("--longest-dense", type=int, default=131072, help="longest context of the dense arm")
+    parser.add_argument("--data-path", help="IndexedDataset prefix; default: bytes of Python's source")
+    parser.add_argument("--peak-tflops", type=float, help="peak of one GPU, where the device is not known")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--no-profile", action="store_true", help="leave the profiled step out")
+    parser.add_argument(
+        "--slowest", type=int, default=0, metavar="N", help="print the N longest kernels of each part"
+    )
+    parser.add_argument("--trace", type=Path, help="keep the profiler's traces in this folder")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    return parser
+
+
+def timed_steps(
+    trainer: Any, batch: tuple[torch.Tensor, torch.Tensor], count: int
+) -> tuple[float, torch.Tensor]:
+    """(seconds of one step, last loss): the clock covers `count` steps, so that work queued ahead counts once."""
+    _wait()
+    began = time.perf_counter()
+    loss = None
+    for _ in range(count):
+        loss = trainer.step(*batch)
+    _wait()
+    assert loss is not None
+    return (time.perf_counter() - began) / count, loss
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Give back what a finished case held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Benchmark:
+    """Every case of one command line, on this rank."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from training_benchmark.arms import ARMS
+        from training_benchmark.model import Options, read_tokens
+        from training_benchmark.shapes import SHAPES
+        from training_benchmark.trainers import TRAINERS
+
+        from sparsek_megatron import SparseKConfig
+        from sparsek_megatron.training.flops import peak_tflops
+
+        known: tuple[tuple[str, list[str], Any], ...] = (
+            ("--shape", args.shape, SHAPES), ("--arms", args.arms, ARMS), ("--trainers", args.trainers, TRAINERS),
+        )  # fmt: skip
+        for flag, given, names in known:
+            for name in given:
+                if name not in names:
+                    raise UserError(f"{flag} {name}: must be among {', '.join(names)}")
+        for flag in ("steps", "warmup", "vocab_size", "tensor_model_parallel_size"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        if args.vocab_size % args.tensor_model_parallel_size:
+            raise UserError(
+                f"--vocab-size {args.vocab_size}: not divisible by --tensor-model-parallel-size "
+                f"{args.tensor_model_parallel_size}"
+            )
+        self.args = args
+        self.sparsek = SparseKConfig(
+            topk=args.topk, window=args.window, stride=args.stride, overflow_warning=None,
+            reference_length=max(args.tokens),
+        )  # fmt: skip
+        self.options = Options(
+            recompute=args.recompute_granularity, fusions=not args.no_fusions, chunked_loss=not args.whole_logits,
+            cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
+        )  # fmt: skip
+        self.stream, self.source = read_tokens(args.data_path, max(args.tokens) + 1)
+        if int(self.stream.max()) >= args.vocab_size:
+            raise UserError(f"--vocab-size {args.vocab_size}: the data has token id {int(self.stream.max())}")
+        if "window" in args.arms and not torch.cuda.is_available():
+            raise UserError("--arms window: flex_attention's backward needs a GPU; use --arms dense sparsek")
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.device_name, self.peak = name, args.peak_tflops or peak_tflops(name)
+        self.rows: list[Any] = []
+
+    def run(self) -> None:
+        """All cases; prints each as it ends."""
+        from training_benchmark.model import training_config
+        from training_benchmark.report import plot, write_csv
+        from training_benchmark.shapes import SHAPES
+
+        from sparsek_megatron.training import parallel
+
+        args = self.args
+        tp = args.tensor_model_parallel_size
+        sizes = {"tokens": max(args.tokens), "tp": tp, "options": self.options}
+        self.machine = parallel.initialize(training_config(SHAPES[args.shape[0]], self.sparsek, **sizes))
+        self.first = self.machine.is_first
+        title = (
+            f"{self.machine.world_size} x {self.device_name}, torch {torch.__version__}, topk {args.topk}, "
+            f"window {args.window}, stride {args.stride}, {self.source}"
+        )
+        if self.first:
+            print(title, flush=True)
+        for shape in args.shape:
+            for trainer in args.trainers:
+                for arm in args.arms:
+                    self.run_arm(shape, arm, trainer, sizes)
+                    release()
+        if self.first:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_csv(self.rows, args.out / "training.csv")
+            plot(self.rows, args.out / "training.png", title)
+        parallel.shutdown()
+
+    def run_arm(self, shape_name: str, arm: str, trainer_name: str, sizes: dict[str, Any]) -> None:
+        """One model through every context, shortest first, until one does not fit."""
+        from training_benchmark.model import build, training_config
+        from training_benchmark.report import Row, compare_with_dense, line
+        from training_benchmark.shapes import SHAPES
+        from training_benchmark.trainers import build_trainer
+
+        args = self.args
+        shape = SHAPES[shape_name].with_layers(args.num_layers)
+        config = training_config(shape, self.sparsek, **sizes)
+        contexts = [n for n in sorted(args.tokens) if arm != "dense" or n <= args.longest_dense]
+        trainer = model = None
+        for tokens in contexts:
+            row = Row(
+                shape=shape_name, layers=shape.num_layers, tokens=tokens, arm=arm, trainer=trainer_name,
+                gpus=self.machine.world_size, tp=sizes["tp"], options=str(self.options),
+            )  # fmt: skip
+            self.rows.append(row)
+            try:
+                if trainer is None:
+                    torch.manual_seed(1234)
+                    model = build(
+                        arm, config, self.sparsek, vocabulary=args.vocab_size, machine=self.machine,
+                        options=self.options,
+                    )  # fmt: skip
+                    trainer = build_trainer(trainer_name, config, model, self.machine)
+                self.measure(row, shape, trainer, model)
+            except torch.cuda.OutOfMemoryError:
+                row.error = "out of memory"
+            compare_with_dense(row, self.rows)
+            if self.first:
+                print(line(row), flush=True)
+                self.print_slowest(row)
+            if row.error:
+                break
+            release()
+
+    def measure(self, row: Any, shape: Any, trainer: Any, model: Any) -> None:
+        from training_benchmark.arms import attended_pairs
+        from training_benchmark.model import device_batch
+        from training_benchmark.parts import profile_step
+
+        args, machine = self.args, self.machine
+        batch = device_batch(self.stream, row.tokens, machine.device)
+        timed_steps(trainer, batch, args.warmup)
+        if machine.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds, loss = timed_steps(trainer, batch, args.steps)
+        sequences = machine.world_size // row.tp
+        flops = shape.step_flops(
+            tokens=row.tokens,
+            vocabulary=args.vocab_size,
+            pairs=attended_pairs(row.arm, row.tokens, self.sparsek),
+        )
+        row.step_ms, row.loss = 1e3 * seconds, float(loss)
+        row.tokens_per_second = sequences * row.tokens / seconds
+        row.model_tflops = sequences * flops / seconds / machine.world_size / 1e12
+        row.mfu = row.model_tflops / self.peak if self.peak else None
+        if machine.on_gpu:
+            row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+            if not args.no_profile:
+                keep = None
+                if args.trace and self.first:
+                    args.trace.mkdir(parents=True, exist_ok=True)
+                    keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
+                row.split = profile_step(lambda: trainer.step(*batch), model, keep)
+
+    def print_slowest(self, row: Any) -> None:
+        for part, kernels in (row.split.slowest if row.split and self.args.slowest else {}).items():
+            for name, milliseconds in kernels.most_common(self.args.slowest):
+                print(f"      {part:<13} {milliseconds:9.2f} ms  {name[:100]}", flush=True)
+
+
+if __name__ == "__main__":
+    quiet_dependencies()
+    with report_user_errors():
+        Benchmark(build_parser().parse_args()).run()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's model and its tokens: the trainer's configuration with an arm's attention and the memory options."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from training_benchmark.arms import block_spec
+from training_benchmark.shapes import Shape
+
+from sparsek_megatron import SparseKConfig
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.model import transformer_config
+from sparsek_megatron.training.parallel import Machine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may switch: each is a column of the table."""
+
+    recompute: str | None = None
+    fusions: bool = True
+    chunked_loss: bool = True
+    cpu_offloading_num_layers: int = 0
+    mlp_tile_tokens: int | None = None
+
+    def __str__(self) -> str:
+        words = [f"recompute {self.recompute}"] if self.recompute else []
+        words += [] if self.fusions else ["no fusions"]
+        words += [] if self.chunked_loss else ["whole logits"]
+        words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
+        words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens else []
+        return ", ".join(words)
+
+
+def training_config(
+    shape: Shape, sparsek: SparseKConfig, *, tokens: int, tp: int, options: Options
+) -> TrainingConfig:
+    """The trainer's settings for one shape and context; one sequence of `tokens` a step on each data-parallel rank."""
+    return TrainingConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        seq_length=tokens,
+        untie_embeddings_and_output_weights=True,
+        rotary_base=500_000,
+        sparsek_topk=sparsek.topk,
+        sparsek_window=sparsek.window,
+        sparsek_stride=sparsek.stride,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        recompute_granularity=options.recompute,
+        zero_stage=1,
+        lr=1e-4,
+        train_iters=1,
+    )
+
+
+def build(
+    arm: str,
+    config: TrainingConfig,
+    sparsek: SparseKConfig,
+    *,
+    vocabulary: int,
+    machine: Machine,
+    options: Options,
+) -> GPTModel:
+    """A model with random weights, on this rank's device."""
+    megatron = transformer_config(config, on_gpu=machine.on_gpu)
+    if options.fusions and machine.on_gpu:
+        megatron.bias_activation_fusion = megatron.bias_dropout_fusion = True
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=block_spec(arm, megatron, sparsek),
+        vocab_size=vocabulary,
+        max_sequence_length=config.seq_length,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=False,
+    )
+    if options.chunked_loss:
+        use_chunked_loss(model)
+    if options.cpu_offloading_num_layers:
+        use_checkpoint_offload(model, num_layers=options.cpu_offloading_num_layers)
+    if options.mlp_tile_tokens:
+        use_tiled_mlp(model, tile_tokens=options.mlp_tile_tokens)
+    return model.cuda() if machine.on_gpu else model
+
+
+def read_tokens(prefix: str | None, count: int) -> tuple[np.ndarray, str]:
+    """(`count` consecutive token ids, where they come from), repeated from the start where the source is shorter.
+
+    prefix: an IndexedDataset; None reads the bytes of the Python standard library's source as ids.
+    """
+    if prefix is not None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        if not IndexedDataset.exists(prefix):
+            raise UserError(f"--data-path {prefix}: no dataset of that name (.bin and .idx)")
+        dataset: Any = IndexedDataset(prefix)
+        documents: Any = (np.asarray(dataset[i], dtype=np.int64) for i in range(len(dataset)))
+        source = prefix
+    else:
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        documents = (np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64) for path in files)
+        source = "bytes of the standard library's source"
+    parts, held = [], 0
+    for document in documents:
+        parts.append(document)
+        held += len(document)
+        if held >= count:
+            break
+    if not held:
+        raise UserError(f"--data-path {prefix}: holds no tokens")
+    return np.resize(np.concatenate(parts), count), source
+
+
+def device_batch(stream: np.ndarray, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels), both [1, tokens], from a stream of at least tokens + 1 ids."""
+    ids = torch.from_numpy(stream[: tokens + 1]).to(device)
+    return ids[None, :-1], ids[None, 1:]
