@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -10,7 +11,6 @@ import sys
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.package_info import __version__ as MCORE_VERSION
 from megatron.core.transformer import torch_norm, transformer_block
 from megatron.core.transformer.enums import LayerType
@@ -110,14 +110,6 @@ def cuda_graph_implementation(settings: Any) -> str:
     return "local" if named == "none" and getattr(settings, "enable_cuda_graph", False) else named
 
 
-def context_parallel_group(config: Any, pg_collection: Any = None) -> Any:
-    """The context-parallel process group that a module was given, else Megatron's global one; None without CP."""
-    if config.context_parallel_size <= 1:
-        return None
-    group = getattr(pg_collection, "cp", None)
-    return parallel_state.get_context_parallel_group() if group is None else group
-
-
 def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | None) -> list[int]:
     """Global indices (from 0) of the decoder layers that this pipeline stage builds, for any layout."""
     if config.pipeline_model_parallel_layout is not None:
@@ -162,6 +154,18 @@ def transformer_engine_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
+
+
+def inference_mode() -> contextlib.AbstractContextManager[None]:
+    """Where a model called inside knows that it generates, and returns the logits of the last token only.
+
+    0.19 asks a process-wide flag; earlier versions go by the inference context.
+    """
+    try:
+        from megatron.core.inference.utils import InferenceMode  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        return contextlib.nullcontext()
+    return InferenceMode.active()
 
 
 def is_plain_norm(slot: Any) -> bool:
