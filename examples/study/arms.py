@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: arms (one attention each) and tables (arms trained on the same tokens for the same steps).
+
+Every sparse arm runs through the SparseK kernels, so that arms differ in what they keep and in nothing else. With
+hard selection (all gates 1) and fixed scores the kernels compute other known patterns exactly:
+
+    scores = position      the topk best are the most recent: a sliding window of topk + window keys
+    scores = -position     the topk best are the first ones: attention sinks and a window
+    scores random          the topk best of iid numbers: a window and a uniform random sample of all older keys
+
+A model has the same parameters in every arm (a scorer that an arm does not use stays at its initial value).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sparsek_megatron import SparseKConfig
+
+SCORES = ("learned", "recent", "first", "random", "keys", "dense")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One attention under study.
+
+    sparsek       selection and scorer settings
+    scores        "learned" by the scorer from hidden states; fixed: "recent", "first", "random" (see above); "keys": a
+                  learned vector per KV head times the normalised keys, after RoPE; "dense": full causal attention
+    dense_layers  indices of layers with full attention in an otherwise sparse arm
+    shared        one selection for all KV heads of a layer (the mean of their scores)
+    fixed_slope   the position slope is this constant instead of learned
+    start         name of an arm of the same table whose trained weights this arm starts from
+    part_of_steps  fraction of the table's steps that this arm trains for
+    """
+
+    name: str
+    sparsek: SparseKConfig
+    scores: str = "learned"
+    dense_layers: tuple[int, ...] = ()
+    shared: bool = False
+    fixed_slope: float | None = None
+    start: str | None = None
+    part_of_steps: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scores not in SCORES:
+            raise ValueError(f"scores={self.scores!r}: must be one of {', '.join(SCORES)}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Size of the model; RMSNorm, SwiGLU, RoPE, tied embeddings."""
+
+    num_layers: int = 6
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    num_attention_heads: int = 4
+    num_query_groups: int = 2
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms that train on the same batches.
+
+    data            "text", "passkey", "recall", "recall_many", "genome" or "series" (`data.py`)
+    eval_lengths    lengths that the trained model is evaluated at; none means the training length
+    evaluation_tokens  held-out tokens of each evaluation
+    far             positions from here on count as "beyond the window"
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    data: str = "text"
+    length: int = 4096
+    tokens_per_step: int = 32_768
+    steps: int = 600
+    learning_rate: float = 2e-3
+    model: Model = dataclasses.field(default_factory=Model)
+    eval_lengths: tuple[int, ...] = ()
+    evaluation_tokens: int = 131_072
+    far: int = 1024
+
+
+def fixed(name: str, scores: str, topk: int, window: int, stride: int) -> Arm:
+    """An arm without learned selection: hard gates over fixed scores."""
+    hard = SparseKConfig(topk=topk, window=window, stride=stride, hard_selection=True, overflow_warning=None)
+    return Arm(name, hard, scores=scores)
+
+
+def learned(name: str, topk: int, window: int, stride: int, **settings: object) -> Arm:
+    """A SparseK arm."""
+    sparsek = {name: value for name, value in settings.items() if name in SparseKConfig.__dataclass_fields__}
+    rest = {name: value for name, value in settings.items() if name not in sparsek}
+    base = SparseKConfig(topk=topk, window=window, stride=stride, overflow_warning=None, **sparsek)  # pyright: ignore
+    return Arm(name, base, **rest)  # pyright: ignore
+
+
+def baselines(topk: int, window: int, stride: int) -> tuple[Arm, ...]:
+    """Dense attention, and every fixed pattern of topk + window keys (and the window alone)."""
+    both = topk + window
+    return (
+        fixed("dense", "dense", topk, window, stride),
+        fixed(f"window {both}", "recent", topk, window, stride),
+        fixed(f"window {window}", "recent", 1, window - 1, stride),
+        fixed(f"window {window} + random {topk}", "random", topk, window, stride),
+        fixed(f"window {both - 4} + 4 sinks", "first", 4, both - 4, stride),
+    )
+
+
+def equal_budget(topk: int, window: int, stride: int) -> tuple[Arm, ...]:
+    """The baselines, SparseK with each gate, and SparseK with hard selection (whose scorer gets no gradient)."""
+    gates = tuple(
+        learned(f"SparseK {gate}", topk, window, stride, gate=gate)
+        for gate in ("key_value", "value", "logit")
+    )
+    return (
+        *baselines(topk, window, stride),
+        *gates,
+        learned("SparseK hard", topk, window, stride, hard_selection=True),
+    )
+
+
+def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tuple[Arm, ...]:
+    """SparseK of 256 + 256 keys with one setting varied."""
+    arms = []
+    for value in values:
+        settings = {"topk": 256, "window": 256, "stride": 64, key: value}
+        arms.append(learned(f"{label or key} {value}", **settings))  # pyright: ignore[reportArgumentType]
+    return tuple(arms)
+
+
+DEFAULT = learned("default", 256, 256, 64)
+SMALL = Model(num_layers=2, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2, num_query_groups=2)
+RECALL = equal_budget(64, 64, 16)
+
+TABLES: dict[str, Table] = {
+    "budget_4k": Table("Equal budget of 512 keys at 4,096 tokens", equal_budget(256, 256, 64)),
+    "budget_16k": Table(
+        "Equal budget of 1,024 keys at 16,384 tokens",
+        equal_budget(512, 512, 64),
+        length=16_384,
+        tokens_per_step=65_536,
+        far=2048,
+    ),
+    "topk_window": Table(
+        "topk against window at 512 keys",
+        tuple(learned(f"{k} + {512 - k}", k, 512 - k, 64) for k in (64, 128, 256, 384, 448)),
+    ),
+    "stride": Table("Stride", varied("stride", (1, 16, 64, 128))),
+    "pool": Table("Pool", varied("pool", (320, 512, 1024, 2048))),
+    "spread": Table("Score spread at initialisation", varied("score_spread", (0.1, 0.3, 1.0, 3.0))),
+    "scorer": Table(
+        "Scorer",
+        (
+            DEFAULT,
+            learned("mlp", 256, 256, 64, scorer="mlp"),
+            learned("from keys", 256, 256, 64, scores="keys"),
+            learned("detached", 256, 256, 64, detach_hidden=True),
+            learned("learning rate x 0.3", 256, 256, 64, scorer_lr_mult=0.3),
+            learned("learning rate x 3", 256, 256, 64, scorer_lr_mult=3.0),
+            learned("own norm", 256, 256, 64, scorer_norm=True),
+        ),
+    ),
+    "slope": Table(
+        "Position slope",
+        (
+            DEFAULT,
+            learned("off", 256, 256, 64, position_slope=False),
+            learned("fixed 4", 256, 256, 64, fixed_slope=4.0),
+            learned("fixed -4", 256, 256, 64, fixed_slope=-4.0),
+        ),
+    ),
+    "layers": Table(
+        "Dense layers mixed in, and shared selection",
+        (
+            DEFAULT,
+            learned("first dense", 256, 256, 64, dense_layers=(0,)),
+            learned("last dense", 256, 256, 64, dense_layers=(5,)),
+            learned("every third dense", 256, 256, 64, dense_layers=(2, 5)),
+            learned("shared by KV heads", 256, 256, 64, shared=True),
+        ),
+    ),
+    "passkey": Table(
+        "Passkey among 2,048 tokens",
+        RECALL,
+        data="passkey",
+        length=2048,
+        tokens_per_step=65_536,
+        steps=1500,
+        model=SMALL,
+        far=128,
+    ),
+    "recall": Table(
+        "Associative recall: 16 pairs among 1,024 tokens",
+        RECALL,
+        data="recall",
+        length=1024,
+        tokens_per_step=65_536,
+        steps=1500,
+        model=SMALL,
+        far=128,
+    ),
+    "recall_many": Table(
+        "Associative recall: 128 pairs, more than topk can hold, among 1,024 tokens",
+        RECALL,
+        data="recall_many",
+        length=1024,
+        tokens_per_step=65_536,
+        steps=1500,
+        model=SMALL,
+        far=128,
+    ),
+    "from_dense": Table(
+        "From dense to 512 keys in 5 % of the steps",
+        (
+            fixed("dense", "dense", 256, 256, 64),
+            *(
+                dataclasses.replace(arm, name=f"dense -> {arm.name}", start="dense", part_of_steps=0.05)
+                for arm in (
+                    learned("SparseK", 256, 256, 64),
+                    fixed("window 512", "recent", 256, 256, 64),
+                    fixed("dense", "dense", 256, 256, 64),
+                )
+            ),
+            learned("SparseK from scratch", 256, 256, 64),
+        ),
+        steps=1000,
+    ),
+    "length": Table(
+        "Trained at 4,096 tokens, evaluated to 65,536",
+        equal_budget(256, 256, 64),
+        eval_lengths=(4096, 8192, 16_384, 32_768, 65_536),
+    ),
+    "genome": Table(
+        "Genome-like sequences of 3,000 bases", equal_budget(128, 128, 32), data="genome", length=3000
+    ),
+    "series": Table(
+        "Mackey-Glass series of 3,000 values", equal_budget(128, 128, 32), data="series", length=3000
+    ),
+}

@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Run one table of the study: every arm and seed, then CSV, plots and a Markdown table.
+
+    python examples/study/run.py budget_4k --jobs 6
+    python examples/study/run.py recall --micro        # seconds on a CPU, to see that it runs
+
+Runs are separate processes that share the GPU. Finished runs are kept: the same command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from sparsek_megatron.quiet import quiet_dependencies  # noqa: E402
+
+quiet_dependencies()  # before megatron-core is imported
+
+from arms import TABLES, Arm, Model, Table  # noqa: E402
+from data import NAMES, make  # noqa: E402
+from train import Run, train  # noqa: E402
+
+from sparsek_megatron.errors import UserError, report_user_errors  # noqa: E402
+
+
+def micro_arm(arm: Arm) -> Arm:
+    """The arm with a sixteenth of the keys."""
+    old = arm.sparsek
+    topk, window = max(1, old.topk // 16), max(1, old.window // 16)
+    pool = topk if old.hard_selection else max(topk + 1, (old.pool or 0) // 16)
+    stride = max(1, old.stride // 16)
+    return dataclasses.replace(
+        arm, sparsek=dataclasses.replace(old, topk=topk, window=window, stride=stride, pool=pool)
+    )
+
+
+def micro(table: Table) -> Table:
+    """The table small enough to check on a CPU that it runs; its numbers mean nothing."""
+    length = table.length if table.data == "recall_many" else max(128, table.length // 16)
+    return dataclasses.replace(
+        table,
+        arms=tuple(micro_arm(arm) for arm in table.arms),
+        length=length,
+        tokens_per_step=2 * length,
+        steps=3,
+        model=Model(table.model.num_layers, 32, 48, 2, 2),
+        eval_lengths=tuple(n // 16 for n in table.eval_lengths),
+        evaluation_tokens=4 * length,
+        far=table.far // 16,
+    )
+
+
+def _finished(run: Run) -> bool:
+    return run.log.is_file() and '"kind": "evaluation"' in run.log.read_text()
+
+
+def _in_worker(run: Run) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    return train(run)
+
+
+def _run_all(runs: list[Run], jobs: int) -> int:
+    """Run what is not finished, `jobs` at a time; returns how many failed."""
+    waiting = [run for run in runs if not _finished(run)]
+    failed = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        began = time.time()
+        futures = {pool.submit(_in_worker, run): run for run in waiting}
+        for future in as_completed(futures):
+            run, error = futures[future], future.exception()
+            failed += error is not None
+            outcome = "done" if error is None else f"FAILED: {type(error).__name__}: {error}"
+            print(f"{time.time() - began:6.0f} s  {run.arm.name}, seed {run.seed}: {outcome}", flush=True)
+    return failed
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, help="training steps of every arm; default the table's")
+    parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--data", choices=NAMES, help="train on this instead of the table's own data")
+    parser.add_argument(
+        "--input", nargs="*", default=[], help="text files or folders; default the standard library"
+    )
+    parser.add_argument("--include", default="*", help="files to read in those folders, like '*.py'")
+    parser.add_argument("--arms", default="", help="only arms whose name matches this regular expression")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="stop training after this many seconds in all; runs say where they stopped",
+    )
+    parser.add_argument("--micro", action="store_true", help="a size for a CPU, to see that it runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.jobs < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError(f"--jobs {args.jobs}, --steps {args.steps}: both must be at least 1")
+    table = micro(TABLES[args.table]) if args.micro else TABLES[args.table]
+    picked = [arm for arm in table.arms if re.search(args.arms, arm.name)]
+    needed = {arm.start for arm in picked}
+    arms = tuple(arm for arm in table.arms if arm in picked or arm.name in needed)
+    if not arms:
+        raise UserError(
+            f"--arms {args.arms}: no arm of {args.table}; it has {', '.join(a.name for a in table.arms)}"
+        )
+    table = dataclasses.replace(
+        table, arms=arms, steps=args.steps or table.steps, data=args.data or table.data
+    )
+    name = "-".join([args.table, *([args.data] if args.data else []), *(["micro"] if args.micro else [])])
+    folder = args.out / name
+    deadline = time.time() + args.seconds if args.seconds else float("inf")
+
+    def runs(first: bool) -> list[Run]:
+        chosen = [arm for arm in arms if (arm.start is None) == first]
+        return [
+            Run(args.table, arm, seed, table, folder, tuple(args.input), args.include, deadline)
+            for seed in args.seeds
+            for arm in chosen
+        ]
+
+    # Encodes the text once, before the workers need it.
+    make(table.data, args.input, folder.parent / "data", args.include)
+    failed = sum(_run_all(part, args.jobs) for part in (runs(True), runs(False)) if part)
+    from report import write
+
+    print(write(table, folder, args.seeds), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        sys.exit(main())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's fixed patterns are the masks that they claim to be, its data says what it means, and a table runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sparsek_kernels import sparsek_attention
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The study's folder on the path."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    import arms
+
+    return arms
+
+
+def allowed(kind: str, length: int, topk: int, window: int, stride: int) -> torch.Tensor:
+    """[s, s] bool: the keys of each query, from the words of the arm's description."""
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None]
+    refresh = query // stride * stride
+    if kind == "recent":
+        return (key <= query) & (key > refresh - window - topk)
+    return (key <= query) & ((key > refresh - window) | (key < topk))
+
+
+@pytest.mark.parametrize("kind", ["recent", "first"])
+def test_fixed_scores_are_a_window_and_sinks(kind: str, study: Any) -> None:
+    length, topk, window, stride = 61, 5, 9, 4
+    q, k, v = torch.randn(3, 1, length, 2, 16, dtype=torch.float64)
+    position = torch.arange(length, dtype=torch.float64)[None, :, None].expand(1, length, 2)
+    scores = position if kind == "recent" else -position
+    got = sparsek_attention(q, k, v, scores, topk=topk, window=window, stride=stride, pool=topk)
+    mask = allowed(kind, length, topk, window, stride)
+    want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(got, want.transpose(1, 2))
+    names = {arm.name: arm for arm in study.baselines(256, 256, 64)}
+    assert names["window 512"].scores == "recent" and names["window 508 + 4 sinks"].scores == "first"
+    assert all(arm.sparsek.topk + arm.sparsek.window in (512, 256) for arm in names.values())
+
+
+def test_recall_shows_each_answer_once_before_its_question(study: Any) -> None:
+    from data import Recall, generator
+
+    batch = Recall(pairs=16).sample(generator(1, 2), 3, 1024)
+    assert batch.distance is not None
+    for row in range(3):
+        asked = batch.weights[row].nonzero().flatten()
+        assert len(asked) == 16
+        for i in asked.tolist():
+            shown = i - int(batch.distance[row, i])
+            assert 0 <= shown < 768 <= i
+            assert torch.equal(batch.tokens[row, shown : shown + 2], batch.tokens[row, i : i + 2])
+            assert (batch.tokens[row] == batch.tokens[row, i]).sum() == 2, (
+                "a key is shown once and asked once"
+            )
+
+
+@pytest.mark.parametrize("name", ["genome", "series"])
+def test_generated_data_is_repeatable_and_inside_its_vocabulary(
+    name: str, study: Any, tmp_path: Path
+) -> None:
+    from data import generator, make
+
+    data: Any = make(name, [], tmp_path)
+    first, again = (data.sample(generator(3), 4, 700).tokens for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.min() >= 0 and first.max() < data.vocabulary and first.unique().numel() >= 4
+
+
+def test_a_table_runs_on_cpu_and_continues(tmp_path: Path) -> None:
+    """Trains a dense arm and one that starts from its weights, and writes every file; again it has nothing to do."""
+    command = [sys.executable, str(STUDY / "run.py"), "from_dense", "--micro", "--jobs", "1", "--seeds", "1"]
+    command += ["--arms", "dense -> SparseK", "--data", "genome", "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "| dense -> SparseK | 1 | 1 |" in done.stdout
+    assert "done" not in done.stdout, "both runs were finished"
+    folder = tmp_path / "from_dense-genome-micro"
+    for name in ("results.csv", "table.md", "hashes.txt", "loss_by_position_256.png"):
+        assert (folder / name).stat().st_size > 0
+    assert len((folder / "results.csv").read_text().splitlines()) == 3
