@@ -64,6 +64,15 @@ class TrainingConfig:
     recompute_granularity: str | None = _setting(
         None, "recompute activations in backward", kind=str, choices=("full", "selective")
     )
+    cpu_offloading_num_layers: int = _setting(
+        0, "layers whose recompute checkpoint waits in pinned CPU memory; needs --recompute-granularity full"
+    )
+    mlp_tile_tokens: int | None = _setting(
+        None, "compute MLPs in tiles of this many tokens, again in backward; default whole", kind=int
+    )
+    loss_chunk_tokens: int | None = _setting(
+        None, "tokens whose logits exist at a time; default 2^28 logits; 0 keeps whole logits", kind=int
+    )
     distributed_timeout_minutes: int = _setting(10, "minutes until a stuck collective ends the run")
     hang_timeout_seconds: float = _setting(900.0, "seconds without progress until a process ends itself; 0 never")
 

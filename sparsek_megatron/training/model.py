@@ -10,6 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from sparsek_megatron.errors import UserError
+from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
+from sparsek_megatron.memory.chunked_loss import whole_logits_are_large
 from sparsek_megatron.specs import get_sparsek_block_spec
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.validate import sparsek_config
@@ -74,7 +76,21 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
         rotary_base=config.rotary_base,
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
     )
+    save_memory(model, config, vocab_size)
     return model.cuda() if on_gpu else model
+
+
+def save_memory(model: GPTModel, config: TrainingConfig, vocab_size: int) -> None:
+    """Switch on what the settings ask for of `sparsek_megatron.memory`; the loss is chunked where logits are large."""
+    tokens = config.micro_batch_size * config.seq_length
+    shard = config.padded_vocab_size(vocab_size) // config.tensor_model_parallel_size
+    chunk = config.loss_chunk_tokens
+    if chunk or (chunk is None and whole_logits_are_large(tokens=tokens, vocabulary=shard)):
+        use_chunked_loss(model, chunk_tokens=chunk)
+    if config.recompute_granularity == "full":  # generation reads a run's settings without recompute
+        use_checkpoint_offload(model, num_layers=config.cpu_offloading_num_layers)
+    if config.mlp_tile_tokens is not None:
+        use_tiled_mlp(model, tile_tokens=config.mlp_tile_tokens)
 
 
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

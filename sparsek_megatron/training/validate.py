@@ -19,7 +19,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _AT_LEAST_ONE_OR_NONE = (
     "ffn_hidden_size", "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
-    "max_position_embeddings",
+    "max_position_embeddings", "mlp_tile_tokens",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
@@ -64,6 +64,18 @@ def check_ranges(config: TrainingConfig) -> None:
             value = getattr(config, name)
             if not (optional and value is None) and not value >= least:
                 raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+    if config.loss_chunk_tokens is not None and config.loss_chunk_tokens < 0:
+        raise UserError(f"--loss-chunk-tokens {config.loss_chunk_tokens}: must be at least 1, or 0 for whole logits")
+    offloaded = config.cpu_offloading_num_layers
+    if not 0 <= offloaded <= config.num_layers:
+        raise UserError(
+            f"--cpu-offloading-num-layers {offloaded}: must be between 0 and --num-layers {config.num_layers}"
+        )
+    if offloaded and config.recompute_granularity != "full":
+        raise UserError(
+            f"--cpu-offloading-num-layers {offloaded}: keeps the checkpoints of full recompute; add "
+            "--recompute-granularity full"
+        )
     heads, groups = config.num_attention_heads, config.query_groups
     if heads % groups:
         raise UserError(
