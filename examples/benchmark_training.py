@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--recompute-granularity", choices=("full", "selective"), default=None)
+    parser.add_argument("--recompute-num-layers", type=int, help="full recompute of the first layers alone")
     parser.add_argument(
         "--cpu-offloading-num-layers", type=int, default=0, metavar="N",
         help="keep the recompute checkpoints of the first N layers in pinned CPU memory",
@@ -124,7 +125,8 @@ class Benchmark:
             reference_length=max(args.tokens),
         )  # fmt: skip
         self.options = Options(
-            recompute=args.recompute_granularity, fusions=not args.no_fusions, chunked_loss=not args.whole_logits,
+            recompute=args.recompute_granularity,
+            recompute_layers=args.recompute_num_layers, fusions=not args.no_fusions, chunked_loss=not args.whole_logits,
             cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
         )  # fmt: skip
         self.stream, self.source = read_tokens(args.data_path, max(args.tokens) + 1)

@@ -27,13 +27,15 @@ class Options:
     """What a run may switch: each is a column of the table."""
 
     recompute: str | None = None
+    recompute_layers: int | None = None  # the first ones alone; None recomputes every layer
     fusions: bool = True
     chunked_loss: bool = True
     cpu_offloading_num_layers: int = 0
     mlp_tile_tokens: int | None = None
 
     def __str__(self) -> str:
-        words = [f"recompute {self.recompute}"] if self.recompute else []
+        which = "" if self.recompute_layers is None else f" of {self.recompute_layers} layers"
+        words = [f"recompute {self.recompute}{which}"] if self.recompute else []
         words += [] if self.fusions else ["no fusions"]
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
@@ -61,6 +63,8 @@ def training_config(
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
         recompute_granularity=options.recompute,
+        recompute_method="uniform" if options.recompute_layers is None else "block",
+        recompute_num_layers=options.recompute_layers or 1,
         zero_stage=1,
         lr=1e-4,
         train_iters=1,

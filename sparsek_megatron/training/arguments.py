@@ -64,6 +64,11 @@ class TrainingConfig:
     recompute_granularity: str | None = _setting(
         None, "recompute activations in backward", kind=str, choices=("full", "selective")
     )
+    recompute_method: str = _setting(
+        "uniform", "full recompute of every layer, or of the first --recompute-num-layers alone (block)",
+        choices=("uniform", "block"),
+    )  # fmt: skip
+    recompute_num_layers: int = _setting(1, "layers of one checkpoint (uniform), or layers recomputed (block)")
     cpu_offloading_num_layers: int = _setting(
         0, "layers whose recompute checkpoint waits in pinned CPU memory; needs --recompute-granularity full"
     )

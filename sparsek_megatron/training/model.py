@@ -22,7 +22,9 @@ def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerCo
     bf16 = uses_bf16(config, on_gpu=on_gpu)
     recompute: dict[str, Any] = {"recompute_granularity": config.recompute_granularity}
     if config.recompute_granularity == "full":
-        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute |= {
+            "recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers
+        }  # fmt: skip
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

@@ -64,6 +64,16 @@ def check_ranges(config: TrainingConfig) -> None:
             value = getattr(config, name)
             if not (optional and value is None) and not value >= least:
                 raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+    if not 1 <= config.recompute_num_layers <= config.num_layers:
+        raise UserError(
+            f"--recompute-num-layers {config.recompute_num_layers}: must be between 1 and --num-layers "
+            f"{config.num_layers}"
+        )
+    if config.recompute_method == "uniform" and config.num_layers % config.recompute_num_layers:
+        raise UserError(
+            f"--recompute-num-layers {config.recompute_num_layers}: with --recompute-method uniform it must divide "
+            f"--num-layers {config.num_layers}"
+        )
     if config.loss_chunk_tokens is not None and config.loss_chunk_tokens < 0:
         raise UserError(f"--loss-chunk-tokens {config.loss_chunk_tokens}: must be at least 1, or 0 for whole logits")
     offloaded = config.cpu_offloading_num_layers

@@ -23,6 +23,8 @@ CONFIG = TrainingConfig(
             "--cpu-offloading-num-layers 1: .* add --recompute-granularity full",
         ),
         ({"cpu_offloading_num_layers": 3, "recompute_granularity": "full"}, "between 0 and --num-layers 2"),
+        ({"recompute_num_layers": 3}, "--recompute-num-layers 3: must be between 1 and --num-layers 2"),
+        ({"num_layers": 3, "recompute_num_layers": 2}, "with --recompute-method uniform it must divide"),
         ({"mlp_tile_tokens": 0}, "--mlp-tile-tokens 0: must be at least 1"),
         ({"loss_chunk_tokens": -1}, "--loss-chunk-tokens -1"),
     ],
@@ -59,3 +61,9 @@ def test_each_flag_switches_its_part_on_and_large_logits_the_chunked_loss(
     )
     module.save_memory(None, dataclasses.replace(CONFIG, seq_length=tokens, **settings), vocabulary)  # pyright: ignore
     assert done == want
+
+
+def test_block_recompute_reaches_the_model():
+    settings = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+    megatron = module.transformer_config(dataclasses.replace(CONFIG, **settings), on_gpu=False)
+    assert (megatron.recompute_method, megatron.recompute_num_layers) == ("block", 1)
