@@ -7,44 +7,29 @@ A program gathers the K/V rows of the keys selected at its list tile's start, th
 from `window` before that point to its last query. Nothing else can be attended (kernels/README.md, fact 3), and
 each row of the output is owned by one program, so no atomics are needed and results are bitwise reproducible.
 
-UNIFORM (stride >= 64 and a multiple of the tile): all queries of a tile share one refresh point, which is also the
-list tile's start. Then gates are one number per key, the band is purely local, and no eviction test is needed.
+This is the kernel of any stride: gates and the eviction test `i < evict_j` per (query, key). Where all queries of a
+tile share one refresh point, `forward_uniform.py` has less to do.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.attention.tile import LOGIT, clamp_gate, gated_logits, sequence_tile
+from sparsek_kernels.attention.forward_uniform import attention_forward_uniform_kernel, list_gates_kernel
+from sparsek_kernels.attention.tile import LOGIT, absorb, clamp_gate, gated_logits, sequence_tile
+from sparsek_kernels.launch import launch
 
 
-@triton.jit
-def _absorb(
-    acc, row_max, row_sum, logits, gate, v, GATE: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr
-):
-    """Online softmax: one block of logits [rows, keys] and its values [keys, d] into the running state."""
-    new_max = tl.maximum(row_max, tl.max(logits, 1))
-    weight = tl.math.exp2(logits - new_max[:, None])
-    rescale = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(weight, 1)
-    acc = acc * rescale[:, None]
-    if GATED and GATE != LOGIT:
-        weight = weight * gate
-    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee" if IEEE else None)
-    return acc, new_max, row_sum
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots", "list_tiles", "kv_heads", "past"])
 def attention_forward_kernel(
     Q, K, V, U, TAU, TAU_LOW, EVICT, LISTS, TILES, OUT, LSE,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, u_batch, u_token, u_head,
     tokens, slots, list_tiles, kv_heads, past, scale_log2, floor,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
     GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
-    CARRIED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, b * hkv). U, EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots];
+    """Grid (query tiles, b * hkv). U [b, hkv, s] by its strides; EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots];
     LISTS [b, hkv, list_tiles, TOPK].
 
     OUT [b, s, hq, d] contiguous; LSE [b, hq, s] fp32, log2 of the softmax denominator including its maximum.
@@ -64,9 +49,7 @@ def attention_forward_kernel(
     row = tl.arange(0, ROWS)
     token = first + row // GROUP_PAD
     member = row % GROUP_PAD
-    token_ok = token < end
-    if CARRIED > 0:
-        token_ok &= token >= 0
+    token_ok = (token < end) & (token >= 0)
     row_ok = token_ok & (member < GROUP)
     dim = tl.arange(0, D_PAD)
     dim_ok = dim < D
@@ -75,7 +58,7 @@ def attention_forward_kernel(
 
     k_base = K + batch * k_batch + head * k_head + dim[None, :]
     v_base = V + batch * v_batch + head * v_head + dim[None, :]
-    u_base = U + bh * (CARRIED + tokens)
+    u_base = U + batch * u_batch + head * u_head
     evict_base = EVICT + bh * (CARRIED + tokens)
 
     position = first - start
@@ -87,16 +70,11 @@ def attention_forward_kernel(
         base = tl.maximum(base, past // STRIDE * STRIDE)  # the first list was taken when this call began
     list_base = LISTS + (bh * list_tiles + list0 + tile) * TOPK
     count = tl.minimum(tl.maximum(base - WINDOW + 1, 0), TOPK)
-    if UNIFORM:
-        slot = bh * slots + slot0 + position // STRIDE
-        tau = tl.load(TAU + slot)
-        tau_low = tl.load(TAU_LOW + slot)
-    else:
-        refresh = (token - start) // STRIDE
-        slot = bh * slots + slot0 + refresh
-        tau = tl.load(TAU + slot, mask=token_ok, other=0.0)[:, None]
-        tau_low = tl.load(TAU_LOW + slot, mask=token_ok, other=0.0)[:, None]
-        local_from = (start + refresh * STRIDE - WINDOW + 1)[:, None]
+    refresh = (token - start) // STRIDE
+    slot = bh * slots + slot0 + refresh
+    tau = tl.load(TAU + slot, mask=token_ok, other=0.0)[:, None]
+    tau_low = tl.load(TAU_LOW + slot, mask=token_ok, other=0.0)[:, None]
+    local_from = (start + refresh * STRIDE - WINDOW + 1)[:, None]
 
     row_max = tl.full([ROWS], -1e30, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -109,55 +87,36 @@ def attention_forward_kernel(
         j = ahead
         ok = n + lane < count
         ahead = tl.load(list_base + n + KEYS + lane, mask=n + KEYS + lane < count, other=0)
-        offset = j.to(tl.int64)[:, None]
-        k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
-        u = tl.load(u_base + j)
+        offset = j.to(tl.int64)
+        k = tl.load(k_base + offset[:, None] * k_token, mask=dim_ok[None, :], other=0.0)
+        u = tl.load(u_base + offset * u_token)
         if CARRIED > 0:
             u = tl.where(ok, u, 0.0)  # an empty place of the carried pool has score -inf
         qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
         gate = clamp_gate(u[None, :], tau, tau_low, floor)
         logits = gated_logits(qk, gate, scale_log2, GATE)
-        if UNIFORM:
-            logits = tl.where(ok[None, :], logits, float("-inf"))
-        else:
-            alive = tl.load(evict_base + j)
-            logits = tl.where(ok[None, :] & (token[:, None] < alive[None, :]), logits, float("-inf"))
-        v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
-        acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, gate, v, GATE, True, IEEE)
+        alive = tl.load(evict_base + j)
+        logits = tl.where(ok[None, :] & (token[:, None] < alive[None, :]), logits, float("-inf"))
+        v = tl.load(v_base + offset[:, None] * v_token, mask=dim_ok[None, :], other=0.0)
+        acc, row_max, row_sum = absorb(acc, row_max, row_sum, logits, gate, v, GATE != LOGIT, IEEE)
 
-    # The band: [lo, mid) needs no mask when UNIFORM, [mid, hi) crosses the diagonal or the end of the sequence.
+    # The band: up to the last query's own key, gated where it has left that query's window.
     lo = start + tl.maximum(base - WINDOW + 1, 0)
     hi = tl.minimum(first + QUERIES, end)
-    if UNIFORM:
-        mid = lo + tl.maximum(first - lo + 1, 0) // KEYS * KEYS
-        for n in tl.range(lo, mid, KEYS):
-            offset = (CARRIED + n + lane).to(tl.int64)[:, None]
-            k = tl.load(k_base + offset * k_token, mask=dim_ok[None, :], other=0.0)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None) * scale_log2
-            v = tl.load(v_base + offset * v_token, mask=dim_ok[None, :], other=0.0)
-            acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, 1.0, v, GATE, False, IEEE)
-    else:
-        mid = lo
-    for n in tl.range(mid, hi, KEYS):
+    for n in tl.range(lo, hi, KEYS):
         j = n + lane
         ok = j < hi
-        offset = (CARRIED + j).to(tl.int64)[:, None]
-        k = tl.load(k_base + offset * k_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
+        offset = (CARRIED + j).to(tl.int64)
+        k = tl.load(k_base + offset[:, None] * k_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else None)
-        visible = (j[None, :] <= token[:, None]) & ok[None, :]
-        if UNIFORM:
-            gate = 1.0
-            logits = qk * scale_log2
-        else:
-            u = tl.load(u_base + CARRIED + j, mask=ok, other=0.0)
-            alive = tl.load(evict_base + CARRIED + j, mask=ok, other=0)
-            gate = clamp_gate(u[None, :], tau, tau_low, floor)
-            gate = tl.where(j[None, :] >= local_from, 1.0, gate)
-            logits = gated_logits(qk, gate, scale_log2, GATE)
-            visible &= token[:, None] < alive[None, :]
-        logits = tl.where(visible, logits, float("-inf"))
-        v = tl.load(v_base + offset * v_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
-        acc, row_max, row_sum = _absorb(acc, row_max, row_sum, logits, gate, v, GATE, not UNIFORM, IEEE)
+        u = tl.load(u_base + offset * u_token, mask=ok, other=0.0)
+        alive = tl.load(evict_base + CARRIED + j, mask=ok, other=0)
+        gate = clamp_gate(u[None, :], tau, tau_low, floor)
+        gate = tl.where(j[None, :] >= local_from, 1.0, gate)
+        visible = (j[None, :] <= token[:, None]) & ok[None, :] & (token[:, None] < alive[None, :])
+        logits = tl.where(visible, gated_logits(qk, gate, scale_log2, GATE), float("-inf"))
+        v = tl.load(v_base + offset[:, None] * v_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
+        acc, row_max, row_sum = absorb(acc, row_max, row_sum, logits, gate, v, GATE != LOGIT, IEEE)
 
     acc = acc / row_sum[:, None]
     query_head = head * GROUP + member
@@ -170,19 +129,45 @@ def attention_forward_kernel(
 
 
 def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch: scores [b, hkv, s] contiguous -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.AttentionPlan`."""
+    """Launch: scores [b, hkv, s], any strides -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.AttentionPlan`."""
     b, s, hq, d = query.shape
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
     out = allocate((b, s, hq, d), dtype=query.dtype, device=query.device)
     lse = allocate((b, hq, s), dtype=torch.float32, device=query.device)
-    tiling = plan.forward
+    lists = selection.lists
+    slots, list_tiles = selection.threshold.shape[2], lists.shape[2]
+    tiling, rows = plan.forward, b * plan.kv_heads
     tiles, grid = plan.tiles(tiling.queries)
-    attention_forward_kernel[(grid, b * plan.kv_heads)](
-        query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
-        tiles, out, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.past,
-        plan.scale_log2, plan.floor,
-        **plan.constants(tiling), GROUP_PAD=plan.group_pad, CARRIED=plan.carried, **tiling.launch,
-    )  # fmt: skip
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    u_strides = (scores.stride(0), scores.stride(2), scores.stride(1))
+    thresholds = (selection.threshold, selection.threshold_low)
+    constants = {
+        **plan.constants(tiling),
+        **tiling.launch,
+        "GROUP_PAD": plan.group_pad,
+        "CARRIED": plan.carried,
+    }
+    if not constants.pop("UNIFORM"):
+        tensors = (query, key, value, scores, *thresholds, selection.evict, lists, tiles, out, lse)
+        numbers = (s, slots, list_tiles, plan.kv_heads, plan.past, plan.scale_log2, plan.floor)
+        launch(attention_forward_kernel, (grid, rows), tensors, (*strides, *u_strides, *numbers), constants)
+        return out, lse
+    gates = torch.empty(lists.shape, dtype=torch.float32, device=query.device)
+    launch(
+        list_gates_kernel,
+        (list_tiles, rows),
+        (scores, *thresholds, lists, gates),
+        (*u_strides, slots, list_tiles, plan.kv_heads, plan.floor),
+        {"TOPK": plan.topk, "TOPK_PAD": triton.next_power_of_2(plan.topk)},
+    )
+    del constants["LIST_TILE"]
+    band_keys, band_stages = tiling.band or (tiling.keys, tiling.num_stages)
+    constants.update(NEGATIVE=plan.scale_log2 < 0, BAND_KEYS=band_keys, BAND_STAGES=band_stages)
+    launch(
+        attention_forward_uniform_kernel,
+        (grid, rows),
+        (query, key, value, gates, lists, tiles, out, lse),
+        (*strides, s, list_tiles, plan.kv_heads, plan.past, abs(plan.scale_log2)),
+        constants,
+    )
     return out, lse

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -18,13 +19,17 @@ SEGMENT_QUERIES = 1024  # least queries per segment of the key-major backward
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows: query heads x queries per tile; keys: keys per block. A kernel's inner product is [rows, keys, d]."""
+    """rows: query heads x queries per tile; keys: keys per block. A kernel's inner product is [rows, keys, d].
+
+    band: keys per block and stages of the local band in the forward kernel of uniform tiles, where they differ.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    band: tuple[int, int] | None = None
     queries: int = 0  # rows / padded group size, filled in by the plan
 
     @property
@@ -50,7 +55,9 @@ class Tilings:
 # 16-bit inputs by padded head dimension. Measured on Hopper (kernels/benchmarks/README.md).
 HOPPER = {
     64: Tilings(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    128: Tilings(Tiling(128, 32, 4, 5), Tiling(64, 32, 4, 3), Tiling(32, 64, 4, 2), Tiling(32, 64, 4, 2)),
+    128: Tilings(
+        Tiling(128, 32, 4, 4, band=(64, 2)), Tiling(64, 32, 4, 3), Tiling(32, 64, 4, 2), Tiling(32, 64, 4, 2)
+    ),
     256: Tilings(Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 1), Tiling(32, 64, 8, 1), Tiling(32, 64, 8, 1)),
 }
 # Unmeasured: conservative in shared memory and registers (Ampere, Blackwell and anything newer).
@@ -66,12 +73,33 @@ FULL_PRECISION = {
 }
 
 
+@lru_cache(maxsize=64)
 def tilings_for(device: torch.device, dtype: torch.dtype, dim_pad: int) -> Tilings:
     if dtype == torch.float32:
         return FULL_PRECISION[dim_pad]
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         return HOPPER[dim_pad]
     return CONSERVATIVE[dim_pad]
+
+
+@lru_cache(maxsize=256)
+def fit(tilings: Tilings, group_pad: int, stride: int) -> Tilings:
+    """Tile extents in queries: rows shared by `group_pad` heads (one head in the key-major passes), halved once if that
+    keeps a tile inside one refresh point."""
+
+    def fitted(tiling: Tiling, heads: int) -> Tiling:
+        queries = max(tiling.rows // heads, 1)
+        if list_tile(stride) == stride and stride % queries and stride % (queries // 2 or 1) == 0:
+            queries //= 2
+        return replace(tiling, rows=queries * heads, queries=queries)
+
+    band = tilings.backward_band  # a tile must not reach over a key block's diagonal: queries <= keys
+    return Tilings(
+        fitted(tilings.forward, group_pad),
+        fitted(tilings.backward_query, group_pad),
+        fitted(tilings.backward_survivors, 1),
+        fitted(replace(band, rows=min(band.rows, band.keys)), 1),
+    )
 
 
 class AttentionPlan:
@@ -109,18 +137,9 @@ class AttentionPlan:
         self.segment = self.list_tile * -(-max(SEGMENT_QUERIES, 2 * topk) // self.list_tile)
         self.capacity = self.segment // 4
         tilings = tilings or tilings_for(query.device, query.dtype, self.dim_pad)
-        self.forward = self._fit(tilings.forward, self.group_pad)
-        self.backward_query = self._fit(tilings.backward_query, self.group_pad)
-        self.backward_survivors = self._fit(tilings.backward_survivors, 1)
-        band = tilings.backward_band  # a tile must not reach over a key block's diagonal: queries <= keys
-        self.backward_band = self._fit(replace(band, rows=min(band.rows, band.keys)), 1)
-
-    def _fit(self, tiling: Tiling, heads: int) -> Tiling:
-        """Queries per tile: rows shared by `heads` heads, halved once if that keeps a tile inside one refresh point."""
-        queries = max(tiling.rows // heads, 1)
-        if self.list_tile == self.stride and self.stride % queries and self.stride % (queries // 2 or 1) == 0:
-            queries //= 2
-        return replace(tiling, rows=queries * heads, queries=queries)
+        fitted = fit(tilings, self.group_pad, stride)
+        self.forward, self.backward_query = fitted.forward, fitted.backward_query
+        self.backward_survivors, self.backward_band = fitted.backward_survivors, fitted.backward_band
 
     def constants(self, tiling: Tiling) -> dict[str, object]:
         """Compile-time arguments every attention kernel takes."""

@@ -57,6 +57,35 @@ def gated_logits(qk, gate, scale_log2, GATE: tl.constexpr):
 
 
 @triton.jit
+def load_rows(base, offset, dim, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows [keys, D_PAD] of K or V at `offset` elements from `base`; no mask where D needs no padding."""
+    if D == D_PAD:
+        return tl.load(base + offset[:, None] + dim[None, :])
+    else:
+        return tl.load(base + offset[:, None] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows_where(ok, base, offset, dim, D: tl.constexpr):
+    """`load_rows` of the rows that are `ok`, zeros elsewhere."""
+    return tl.load(base + offset[:, None] + dim[None, :], mask=ok[:, None] & (dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def absorb(acc, row_max, row_sum, logits, gate, v, GATED: tl.constexpr, IEEE: tl.constexpr):
+    """Online softmax: one block of logits [rows, keys] and its values [keys, d] into the running state. GATED: the gate
+    is on the values too."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    weight = tl.math.exp2(logits - new_max[:, None])
+    rescale = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weight, 1)
+    if GATED:
+        weight = weight * gate
+    acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee" if IEEE else None)
+    return acc, new_max, row_sum
+
+
+@triton.jit
 def logit_gradients(qk, weight, d_output, delta, gate, scale, GATE: tl.constexpr):
     """Backward of one block: (gradient of the dot products divided by `scale`, gradient of the gates).
 
