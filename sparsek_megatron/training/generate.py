@@ -1,28 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text generation program up to its checks. See `examples/generate_text.py`."""
+"""The text generation program: flags and their checks, then prompts in and text out. See `examples/generate.py`."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.training.arguments import FIELDS, TrainingConfig
-from sparsek_megatron.training.launcher import is_launched, launch
+from sparsek_megatron.training.launcher import is_launched, launch, world_size_of_environment
 from sparsek_megatron.training.run_folder import latest_step, read_run
+
+_STDIN_COPY = "SPARSEK_GENERATE_STDIN"  # launched processes read the launcher's standard input from this file
 
 
 def build_parser() -> FlagParser:
     """Flags of the program."""
-    parser = FlagParser(description="Generate text from a checkpoint of pretrain_gpt.py.")
-    parser.add_argument("--load", required=True, help="the run folder; starts as many processes as its TP size")
-    parser.add_argument("--prompt", default="", help="text to continue")
+    parser = FlagParser(
+        description="Generate text from a checkpoint of pretrain_gpt.py. Prompts come from --prompt and --prompt-file, "
+        "or from standard input; several are continued together. Text goes to standard output, times to standard error."
+    )
+    parser.add_argument("--load", required=True, help="the run folder")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; repeat it for several"
+    )
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        help="file with one prompt, - for standard input; may be repeated",
+    )
     parser.add_argument("--tokenizer-model", help="default: the one that the run used")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0 for all")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0 for all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens whose probabilities reach this",
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, default=None,
+        help="processes that share each layer; default as many as in the run where there are GPUs for them, else 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=16_384,
+        help="tokens of one forward of the prompts: bounds the memory",
+    )
+    parser.add_argument(
+        "--no-cuda-graph", action="store_true", help="run every step of the model kernel by kernel"
+    )
     return parser
 
 
@@ -33,39 +70,157 @@ def generate_program(argv: Sequence[str], program: str) -> None:
         UserError: for each thing that the user can fix.
     """
     args = build_parser().parse_args(argv)
+    for flag in ("max_new_tokens", "prefill_tokens", "tensor_model_parallel_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     step = latest_step(args.load)
     if step is None:
         raise UserError(f"--load {args.load}: holds no checkpoint; give the --save folder of a run")
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0:
-        raise UserError("--max-new-tokens must be at least 1, --temperature and --top-k at least 0")
     saved = read_run(args.load, step)
     if saved["settings"]["zero_stage"] == 3:
-        raise UserError(f"--load {args.load}: a ZeRO-3 checkpoint holds no whole weights; generate from ZeRO 0, 1 or 2")
-    config = _config(saved["settings"])
-    tokenizer_path = args.tokenizer_model or config.tokenizer_model
+        raise UserError(
+            f"--load {args.load}: a ZeRO-3 checkpoint holds no whole weights; generate from ZeRO 0, 1 or 2"
+        )
+    tokenizer_path = args.tokenizer_model or saved["settings"]["tokenizer_model"]
     tokenizer = SentencePieceTokenizer.load(tokenizer_path)
     if tokenizer.sha256 != saved["tokenizer_sha256"]:
-        raise UserError(f"--tokenizer-model {tokenizer_path}: not the tokenizer of this checkpoint; give that one")
-    prompt = tokenizer.tokenize(args.prompt) or [tokenizer.eod]
-    longest = config.max_position_embeddings or config.seq_length
-    if len(prompt) + args.max_new_tokens > longest:
         raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {len(prompt)} tokens this passes the model's "
-            f"{longest} positions; use at most {max(0, longest - len(prompt))}"
+            f"--tokenizer-model {tokenizer_path}: not the tokenizer of this checkpoint; give that one"
         )
-    if config.tensor_model_parallel_size > 1 and not is_launched():
-        launch(program, argv, config.tensor_model_parallel_size)
+    texts = read_prompts(args.prompt, args.prompt_file)
+    prompts = [tokenizer.tokenize(text) for _, text in texts]
+    for (source, _), prompt in zip(texts, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{source}: the prompt is empty; give some text to continue")
+    settings = saved["settings"]
+    longest = settings["max_position_embeddings"] or settings["seq_length"]
+    most = max(map(len, prompts))
+    if most + args.max_new_tokens > longest:
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {most} tokens this passes the model's "
+            f"{longest} positions; use at most {max(0, longest - most)}"
+        )
+    size = _tensor_parallel_size(args.tensor_model_parallel_size, settings)
+    config = generation_config(settings, size)
+    if size > 1 and not is_launched():
+        _launch_with_input(program, argv, size, texts)
         return
-    from sparsek_megatron.training.sampling import print_sample  # megatron-core: seconds
+    if is_launched() and world_size_of_environment() != size:
+        raise UserError(
+            f"{world_size_of_environment()} processes with --tensor-model-parallel-size {size}: start as many as that"
+        )
+    from sparsek_megatron.training.generate_text import generate_text  # megatron-core: seconds
+    from sparsek_megatron.training.sampling import Sampling
 
-    print_sample(
-        config, tokenizer, Path(args.load), step, prompt, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, top_k=args.top_k, seed=args.seed,
+    generate_text(
+        config, tokenizer, Path(args.load), step, settings["tensor_model_parallel_size"],
+        [text for _, text in texts], prompts,
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        prefill_tokens=args.prefill_tokens, cuda_graph=not args.no_cuda_graph,
     )  # fmt: skip
 
 
-def _config(settings: dict[str, object]) -> TrainingConfig:
-    """The run's settings; its parallel layout is that of one data-parallel replica."""
+def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[tuple[str, str]]:
+    """(where it came from, its text) of each prompt: the texts, then the files; standard input where neither is given.
+
+    Raises:
+        UserError: a file that cannot be read as UTF-8 text, or no prompt at all.
+    """
+    found = [("--prompt", text) for text in prompts]
+    if not prompts and not files:
+        if _STDIN_COPY not in os.environ and sys.stdin.isatty():
+            raise UserError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
+        files = ["-"]
+    for name in files:
+        source = f"--prompt-file {name}"
+        try:
+            if name == "-":
+                copy = os.environ.get(_STDIN_COPY)
+                content = Path(copy).read_bytes() if copy else sys.stdin.buffer.read()
+            else:
+                content = Path(name).read_bytes()
+            found.append((source, content.decode("utf-8")))
+        except OSError as err:
+            raise UserError(f"{source}: cannot be read ({os.strerror(err.errno or 0)})") from None
+        except UnicodeDecodeError as err:
+            raise UserError(f"{source}: not UTF-8 text (byte {err.start}); convert it") from None
+    return found
+
+
+def _launch_with_input(program: str, argv: Sequence[str], size: int, texts: list[tuple[str, str]]) -> None:
+    """Start the processes; what this one read from standard input goes to them through a temporary file."""
+    read = [text for source, text in texts if source == "--prompt-file -"]
+    with tempfile.TemporaryDirectory() as folder:
+        if read:
+            copy = Path(folder) / "stdin"
+            copy.write_bytes(read[0].encode())
+            os.environ[_STDIN_COPY] = str(copy)
+        launch(program, argv, size)
+
+
+def _tensor_parallel_size(asked: int | None, settings: dict) -> int:
+    """The size to generate with; raises UserError where the run's heads or vocabulary do not divide by it."""
+    saved = settings["tensor_model_parallel_size"]
+    size = asked
+    if size is None and is_launched():
+        size = world_size_of_environment()
+    if size is None:
+        import torch
+
+        size = saved if torch.cuda.device_count() >= saved else 1
+    units = settings["make_vocab_size_divisible_by"] * saved
+    for count, what in (
+        (settings["num_attention_heads"], "attention heads"),
+        (settings["query_groups"], "query groups"),
+        (units, "padded vocabulary"),
+    ):
+        if size != saved and count % size:
+            raise UserError(
+                f"--tensor-model-parallel-size {size}: does not divide the model's {what} ({count})"
+            )
+    return size
+
+
+def generation_config(settings: dict, size: int) -> TrainingConfig:
+    """The run's settings for a model of `size` tensor-parallel ranks, its vocabulary padded as the run padded it."""
     known = {name: value for name, value in settings.items() if name in FIELDS}
-    tuples = {name: tuple(v) for name, v in known.items() if isinstance(v, list)}
-    return dataclasses.replace(TrainingConfig(), **(known | tuples))  # pyright: ignore[reportArgumentType]
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    config = dataclasses.replace(TrainingConfig(), **known)
+    multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+    return dataclasses.replace(
+        config, tensor_model_parallel_size=size, make_vocab_size_divisible_by=multiple // size,
+        sequence_parallel=False, context_parallel_size=1, recompute_granularity=None, loss_chunk_tokens=0,
+    )  # fmt: skip
+
+
+class TextStream:
+    """Text of one growing token sequence, handed on as soon as its characters are complete."""
+
+    def __init__(
+        self, tokenizer: SentencePieceTokenizer, prompt: Sequence[int], write: Callable[[str], None]
+    ):
+        self._tokenizer, self._write = tokenizer, write
+        self._known, self._new = list(prompt[-4:]), []
+
+    def add(self, token: int) -> None:
+        """Take one more token."""
+        self._new.append(token)
+        text = self._pending()
+        if not text.endswith("\ufffd"):  # else a character's bytes are still to come
+            self._flush(text)
+
+    def end(self) -> None:
+        """Hand on what is left."""
+        self._flush(self._pending())
+
+    def _pending(self) -> str:
+        """What the new tokens add; some tokenizers spell a token differently at the start of a text."""
+        before = self._tokenizer.detokenize(self._known)
+        return self._tokenizer.detokenize(self._known + self._new)[len(before) :]
+
+    def _flush(self, text: str) -> None:
+        if text:
+            self._write(text)
+            self._known, self._new = (self._known + self._new)[-4:], []

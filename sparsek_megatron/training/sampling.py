@@ -1,82 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a trained checkpoint, by the training forward."""
+"""Drawing tokens from logits, and the loop that generates with a `ModelDecoder`."""
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.training import checkpoint, parallel
-from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.model import build_model, token_losses
-
-_BUCKET = 64  # lengths are padded to a multiple, so that a GPU compiles few shapes
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.inference_model import ModelDecoder
 
 
-def print_sample(
-    config: TrainingConfig,
-    tokenizer: SentencePieceTokenizer,
-    folder: Path,
-    step: int,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
-) -> None:
-    """Load the weights of a checkpoint and print the prompt with its continuation, on rank 0."""
-    machine = parallel.initialize(config)
-    model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
-    checkpoint.load_model(model, folder, step=step)
-    ids = generate(
-        model.eval(), prompt, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    if machine.is_first:
-        sys.stdout.write(tokenizer.detokenize([*prompt, *ids]) + "\n")
-        sys.stdout.flush()
-    parallel.shutdown()
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
 
+    temperature  divides the logits; 0 takes the likeliest token
+    top_k        keep this many of the likeliest tokens; 0 keeps all
+    top_p        then keep the likeliest tokens whose probabilities first add up to this; 1 keeps all
+    seed         row i of a batch draws from a generator of its own, seeded with seed + i
 
-@torch.no_grad()
-def generate(
-    model: torch.nn.Module,
-    prompt: Sequence[int],
-    tokenizer: SentencePieceTokenizer,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-) -> list[int]:
-    """Ids of up to `max_new_tokens` new tokens, ending before an end-of-document token.
-
-    Runs the whole prefix through the training forward for each token. The prefix is padded on the right, which causal
-    attention cannot see. Call it on every tensor-parallel rank: all draw the same token from the same logits.
+    Raises UserError for a value out of range.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    multiple = _BUCKET * parallel_state.get_tensor_model_parallel_world_size()
-    ids = list(prompt)
-    for _ in range(max_new_tokens):
-        padded = torch.zeros(1, -(-len(ids) // multiple) * multiple, dtype=torch.int64)
-        padded[0, : len(ids)] = torch.tensor(ids)
-        logits = token_losses(model, padded.to(device), None)[:, len(ids) - 1]
-        whole = gather_from_tensor_model_parallel_region(logits)[0, : tokenizer.vocab_size].float().cpu()
-        token = _draw(whole, temperature, top_k, generator)
-        if token == tokenizer.eod:
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: must be a finite number, at least 0")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+
+    def generators(self, rows: int) -> list[torch.Generator]:
+        """One generator per row."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is drawn from: (probabilities [b, n] fp64, likeliest first; tokens [b, n]) of logits [b, vocabulary].
+
+    The likeliest token is always kept. Tokens of equal logits are in order of their ids.
+    """
+    scaled = logits.double() / sampling.temperature
+    ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered, tokens = ordered[:, : sampling.top_k], tokens[:, : sampling.top_k]
+    weights = torch.softmax(ordered, dim=-1)
+    before = weights.cumsum(-1) - weights
+    weights = weights.masked_fill(before >= sampling.top_p, 0.0)
+    return weights / weights.sum(-1, keepdim=True), tokens
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """One token per row [b] int64, from logits [b, vocabulary] fp32."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    weights, tokens = probabilities(logits, sampling)
+    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    place = torch.searchsorted(weights.cumsum(-1), uniform.to(logits.device)[:, None], right=True)
+    last = (weights > 0).sum(-1, keepdim=True) - 1  # rounding may leave the sum a hair below 1
+    return tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Token ids of each row's continuation, and how long it took."""
+
+    tokens: list[list[int]]
+    prompt_tokens: int
+    first_token_seconds: float
+    seconds: float  # after the first token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all rows, from the first token on."""
+        count = sum(map(len, self.tokens)) - len(self.tokens)
+        return count / self.seconds if self.seconds > 0 and count > 0 else 0.0
+
+
+def generate(
+    decoder: ModelDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    vocab_size: int,
+    end: int | None = None,
+    sampling: Sampling | None = None,
+    on_token: Callable[[int, int | None], None] | None = None,
+) -> Generated:
+    """Continue each prompt by up to `max_new_tokens` tokens, ending a row before the token `end`.
+
+    `on_token(row, token)` is called for each new token, and with None where a row ends. Tokens from `vocab_size` on
+    (padding of the embedding) are never drawn. All tensor-parallel ranks return the same tokens: the first one draws.
+
+    Raises:
+        UserError: logits that are not finite, naming row and position. The decoder can be used again with `prefill`.
+    """
+    sampling = sampling or Sampling()
+    notify = on_token or (lambda row, token: None)
+    generators = sampling.generators(len(prompts))
+    begun = time.perf_counter()
+    logits = decoder.prefill(prompts)
+    continued: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    first = None
+    for count in range(max_new_tokens):
+        tokens = _agreed(
+            _checked_draw(logits[:, :vocab_size], sampling, generators, prompts, count, open_rows)
+        )
+        drawn = tokens.tolist()
+        first = first or time.perf_counter()
+        for row in sorted(open_rows):
+            if drawn[row] == end:
+                open_rows.discard(row)
+                notify(row, None)
+            else:
+                continued[row].append(drawn[row])
+                notify(row, drawn[row])
+        if not open_rows or count + 1 == max_new_tokens:
             break
-        ids.append(token)
-    return ids[len(prompt) :]
+        logits = decoder.step(tokens)
+    for row in sorted(open_rows):
+        notify(row, None)
+    assert first is not None
+    return Generated(continued, sum(map(len, prompts)), first - begun, time.perf_counter() - first)
 
 
-def _draw(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+def _checked_draw(logits, sampling, generators, prompts, count, open_rows) -> torch.Tensor:
+    finite = torch.isfinite(logits).all(-1)
+    tokens = draw(logits.nan_to_num(), sampling, generators)
+    for row, good in enumerate(finite.tolist()):
+        if not good and row in open_rows:
+            raise UserError(
+                f"prompt {row + 1}: the logits after {len(prompts[row]) + count} tokens are not finite; check the "
+                "weights of this checkpoint, or use an earlier one"
+            )
+    return tokens
+
+
+def _agreed(tokens: torch.Tensor) -> torch.Tensor:
+    """The first tensor-parallel rank's tokens: sums may round differently on another machine."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        dist.broadcast(tokens, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+    return tokens

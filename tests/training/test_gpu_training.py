@@ -28,7 +28,7 @@ def test_one_gpu_trains_in_bf16_resumes_and_generates(prepared, tmp_path):
     assert "1 x GPU" in said and "NCCL, Triton kernels, bf16" in said
     assert "resuming" in train(prepared, save, "--nproc-per-node", "1")
     assert len(losses(save)) == 12 and losses(save)[-1] < losses(save)[0] - 0.3
-    sample = run("generate_text.py", "--load", str(save), "--prompt", "import ", "--max-new-tokens", "8", gpu=True)
+    sample = run("generate.py", "--load", str(save), "--prompt", "import ", "--max-new-tokens", "8", gpu=True)
     assert "\nimport " in sample
 
 

@@ -135,9 +135,9 @@ def test_a_loss_that_is_no_number_stops_the_run(prepared, tmp_path):
 
 def test_text_is_generated_from_the_checkpoint(uninterrupted):
     flags = ["--load", str(uninterrupted), "--prompt", "import ", "--max-new-tokens", "8"]
-    sample = run("generate_text.py", *flags)
+    sample = run("generate.py", *flags)
     assert "\nimport " in sample and len(sample.split("\nimport ")[1]) > 1
-    said = run("generate_text.py", *flags, "--max-new-tokens", "80", code=2)
+    said = run("generate.py", *flags, "--max-new-tokens", "80", code=2)
     assert said.startswith("error: --max-new-tokens 80") and said.count("\n") == 1
 
 

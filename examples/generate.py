@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Continue a prompt with a checkpoint of pretrain_gpt.py. `--help` lists the flags.
+"""Continue prompts with a checkpoint of pretrain_gpt.py, in constant memory. `--help` lists the flags.
 
-    python examples/generate_text.py --load runs/quickstart --prompt 'def main(' --temperature 0.7
+python examples/generate.py --load runs/quickstart --prompt 'def main(' --temperature 0.7 --top-p 0.9
+python examples/generate.py --load runs/quickstart --prompt 'import ' --prompt 'class ' --prompt-file long.txt
+cat long.txt | python examples/generate.py --load runs/quickstart
 """
 
 import sys
