@@ -52,7 +52,7 @@ python examples/pretrain_gpt.py --nproc-per-node "$processes" --config "$config"
     --save "$run" --load "$run"
 
 echo "--- a sample from the checkpoint"
-python examples/generate_text.py --load "$run" --prompt $'    def __init__(self' \
+python examples/generate.py --load "$run" --prompt $'    def __init__(self' \
     --max-new-tokens 40 --temperature 0.7 --top-k 20
 echo "---"
 echo "loss curve: $run/loss_curve.png   TensorBoard: tensorboard --logdir $run/tensorboard"
