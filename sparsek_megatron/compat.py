@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.package_info import __version__ as MCORE_VERSION
 from megatron.core.transformer import torch_norm, transformer_block
 from megatron.core.transformer.enums import LayerType
@@ -108,6 +109,14 @@ def cuda_graph_implementation(settings: Any) -> str:
         return "transformer_engine"
     named = getattr(settings, "cuda_graph_impl", None) or "none"
     return "local" if named == "none" and getattr(settings, "enable_cuda_graph", False) else named
+
+
+def context_parallel_group(config: Any, pg_collection: Any = None) -> Any:
+    """The context-parallel process group that a module was given, else Megatron's global one; None without CP."""
+    if config.context_parallel_size <= 1:
+        return None
+    group = getattr(pg_collection, "cp", None)
+    return parallel_state.get_context_parallel_group() if group is None else group
 
 
 def stage_layer_indices(config: Any, *, vp_stage: int | None, pp_rank: int | None) -> list[int]:
