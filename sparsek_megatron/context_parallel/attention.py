@@ -122,5 +122,7 @@ def _attend(
         )
         own = query[:, slot * length : (slot + 1) * length]
         seen_keys, seen_values, seen_scores = extended[3 * slot : 3 * slot + 3]
-        outputs.append(attend_extended(own, seen_keys, seen_values, seen_scores, state, **settings, **options))
+        outputs.append(
+            attend_extended(own, seen_keys, seen_values, seen_scores, state, **settings, **options)
+        )
     return torch.cat(outputs, dim=1)

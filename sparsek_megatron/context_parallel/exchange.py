@@ -29,7 +29,6 @@ from torch import Tensor
 
 from sparsek_megatron.context_parallel.layout import Layout
 from sparsek_megatron.context_parallel.start import Sizes, pool_scores, positions_of, start_states, summarise
-from sparsek_megatron.context_parallel.traffic import received
 
 
 @dataclass(frozen=True)
@@ -93,29 +92,25 @@ class Exchange:
 
     # Collectives.
 
-    def all_gather(self, mine: Tensor, name: str) -> Tensor:
+    def all_gather(self, mine: Tensor) -> Tensor:
         """[own chunks, ...] on every rank -> [C, ...] in sequence order."""
         out = mine.new_empty((self.sizes.chunks, *mine.shape[1:]))
         dist.all_gather_into_tensor(out, mine.contiguous(), group=self.group)
-        received(name, (out.numel() - mine.numel()) * mine.element_size())
         return out[self.collective_order(out.device).argsort()]
 
-    def reduce_scatter(self, every: Tensor, name: str) -> Tensor:
+    def reduce_scatter(self, every: Tensor) -> Tensor:
         """[C, ...] in `collective_order` -> [own chunks, ...], summed over ranks."""
         out = every.new_empty((len(self.owned), *every.shape[1:]))
         dist.reduce_scatter_tensor(out, every, group=self.group)
-        received(name, (every.numel() - out.numel()) * every.element_size())
         return out
 
     def all_to_all(
-        self, sent: Tensor, to: list[list[Segment]], of: list[list[Segment]], name: str
+        self, sent: Tensor, to: list[list[Segment]], of: list[list[Segment]]
     ) -> tuple[Tensor, Any]:
         """Rows [sum of `to`, ...] by target rank -> (rows [sum of `of`, ...] by source rank, the work to wait for)."""
         given, taken = ([sum(x.rows for x in part) for part in parts] for parts in (to, of))
         out = sent.new_empty((sum(taken), *sent.shape[1:]))
         work = dist.all_to_all_single(out, sent, taken, given, group=self.group, async_op=True)
-        row = sent[:1].numel() if sent.shape[0] else out[:1].numel()
-        received(name, (sum(taken) - taken[self.rank]) * row * sent.element_size())
         return out, work
 
     # Where rows are.
@@ -152,10 +147,8 @@ class StartFromEarlierChunks(torch.autograd.Function):
         sent = [key.new_empty((0, b, 2, h, d))]
         for tokens in (exchange.tokens_of(segment) for part in exchange.sent for segment in part):
             sent.append(torch.stack([key[:, tokens], value[:, tokens]], dim=1).movedim(2, 0))
-        halo, work = exchange.all_to_all(
-            torch.cat(sent), exchange.sent, exchange.kept, "all_to_all halo rows"
-        )
-        gathered = exchange.all_gather(torch.stack(summaries), "all_gather summaries")
+        halo, work = exchange.all_to_all(torch.cat(sent), exchange.sent, exchange.kept)
+        gathered = exchange.all_gather(torch.stack(summaries))
         pool, recent = start_states(gathered, sizes)
 
         chosen = positions_of(pool[exchange.collective_order(pool.device)][..., : sizes.topk])
@@ -163,7 +156,7 @@ class StartFromEarlierChunks(torch.autograd.Function):
         index = row.flatten(1, 2)[..., None].expand(-1, -1, -1, d)
         rows = torch.stack([x.gather(1, index).unflatten(1, row.shape[1:3]) for x in (key, value)])
         rows = rows.masked_fill(~held[..., None], 0).permute(2, 1, 3, 0, 4, 5)  # [C, b, topk, 2, h, d]
-        selected = exchange.reduce_scatter(rows.contiguous(), "reduce_scatter selected rows")
+        selected = exchange.reduce_scatter(rows.contiguous())
 
         window = key.new_zeros((own, b, sizes.recent, 2, h, d))
         work.wait()
@@ -207,13 +200,11 @@ class StartFromEarlierChunks(torch.autograd.Function):
         for segment in (s for part in exchange.kept for s in part):
             place = sizes.pool + segment.place
             halo.append(rows[segment.target_slot, :, :, place : place + segment.rows].movedim(2, 0))
-        halo, work = exchange.all_to_all(
-            torch.cat(halo), exchange.kept, exchange.sent, "all_to_all halo gradients"
-        )
+        halo, work = exchange.all_to_all(torch.cat(halo), exchange.kept, exchange.sent)
         scores = torch.stack([g[2][:, :first] for g in by_slot])  # [own, b, pool + recent, h]
-        scores = exchange.all_gather(scores.transpose(2, 3), "all_gather score gradients")
+        scores = exchange.all_gather(scores.transpose(2, 3))
         selected = rows[:, :, :, : sizes.topk].permute(0, 1, 4, 3, 2, 5)  # [own, b, h, topk, 2, d]
-        selected = exchange.all_gather(selected, "all_gather row gradients")
+        selected = exchange.all_gather(selected)
 
         # One more row than tokens: it takes what belongs to other ranks.
         spare = rows.new_zeros((b, 1, h, d))

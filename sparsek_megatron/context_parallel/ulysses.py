@@ -12,8 +12,6 @@ import torch.distributed as dist
 from sparsek_kernels import sparsek_attention
 from torch import Tensor
 
-from sparsek_megatron.context_parallel.traffic import received
-
 
 class _AllToAll(torch.autograd.Function):
     """x [cp, ...] -> [cp, ...]: part i goes to rank i, part j of the result came from rank j. Its own transpose."""
@@ -23,7 +21,6 @@ class _AllToAll(torch.autograd.Function):
         ctx.group = group
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, x.contiguous(), group=group)
-        received("all_to_all heads", x.numel() // x.shape[0] * (x.shape[0] - 1) * x.element_size())
         return out
 
     @staticmethod

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ import pytest
 HERE = Path(__file__).resolve().parent
 RANKS = 4
 LIMIT_SECONDS = 400
-MODULES = ("cases_parity", "cases_training", "cases_checkpoint", "cases_loss")
+MODULES = (
+    "cases_parity",
+    "cases_training",
+    "cases_checkpoint",
+    "cases_loss",
+    "cases_mesh",
+    "cases_context_parallel",
+)
 
 
 class Launched:
@@ -35,19 +43,19 @@ class Launched:
         return self.results[name]["value"]
 
 
-@pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """Results of all cases in `MODULES`, run by torchrun over gloo. DISTRIBUTED_CASES (a pattern) picks
-    some.
-    """
-    out = tmp_path_factory.mktemp("distributed") / "results.json"
+def launch(folder: Path, ranks: int, modules: tuple[str, ...], **changes: str) -> Launched:
+    """Results of the cases of `modules`, run by torchrun with `changes` to the environment."""
+    out = folder / "results.json"
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={RANKS}", str(HERE / "worker.py"), str(out), *MODULES]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += [f"--nproc-per-node={ranks}", str(HERE / "worker.py"), str(out), *modules]
     log = out.with_suffix(".log")
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **changes},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(timeout=LIMIT_SECONDS)
@@ -55,3 +63,24 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return Launched(json.loads(out.read_text()) if out.exists() else {}, log.read_text())
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Results of all cases in `MODULES` over gloo. DISTRIBUTED_CASES (a pattern) picks some."""
+    return launch(tmp_path_factory.mktemp("distributed"), RANKS, MODULES, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="session")
+def launched_on_eight(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """The case that needs eight processes, over gloo."""
+    changes = {"CUDA_VISIBLE_DEVICES": "", "DISTRIBUTED_CASES": "mesh_tp2_cp2_dp2_sp"}
+    return launch(tmp_path_factory.mktemp("eight"), 8, ("cases_mesh",), **changes)
+
+
+@pytest.fixture(scope="session")
+def launch_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Launched]:
+    """Runs the mesh cases over NCCL on (ranks, dtype)."""
+    return lambda ranks, dtype: launch(
+        tmp_path_factory.mktemp("gpus"), ranks, ("cases_mesh",), MESH_DTYPE=dtype, DISTRIBUTED_CASES="^mesh_"
+    )

@@ -48,6 +48,7 @@ def main(out: str, *modules: str) -> None:
             answer = {"value": function()}
         except Exception:
             answer = {"error": traceback.format_exc()}
+            print(f"case {name}: {answer['error']}", flush=True)  # the others may be waiting for this rank
         answers: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(answers, answer)
         failed = [a for a in answers if "error" in a]

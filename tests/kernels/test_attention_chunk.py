@@ -17,6 +17,9 @@ CUTS = {
 }
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels run: compiled or interpreted
+
+
 def make_inputs(n, hq=2, hkv=1, d=64, batch=1, seed=0):
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, n, h, d, generator=g) for h in (hq, hkv, hkv))
@@ -39,6 +42,8 @@ def in_chunks(inputs, sizes, **options):
 def test_chunks_equal_the_whole(backend, cut, topk, window, stride):
     sizes = CUTS[cut]
     inputs = make_inputs(sum(sizes), hq=4, hkv=2, batch=2)
+    if backend == "triton":
+        inputs = [x.to(DEVICE) for x in inputs]
     options = {"topk": topk, "window": window, "stride": stride, "gate": "key_value"}
     whole = sparsek_attention(*inputs, backend="torch", **options)
     pieces, _ = in_chunks(inputs, sizes, backend=backend, **options)
@@ -141,11 +146,10 @@ LONG_WINDOW = ([37, 101, 60], 8, 90, 64, 1, 1)  # longer than a chunk
 )
 def test_triton_gradients_through_the_state(monkeypatch, shape, sizes, topk, window, stride, hq, hkv):
     monkeypatch.setattr(plan, "SEGMENT_QUERIES", 64)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = list(make_inputs(sum(sizes), hq=hq, hkv=hkv, d=64))
     ramp = torch.arange(sum(sizes))[None, :, None].expand_as(inputs[3]) / 20
     inputs[3] = HARD[shape](inputs[3], ramp)
-    inputs = [x.to(device) for x in inputs]
+    inputs = [x.to(DEVICE) for x in inputs]
     settings = {"topk": topk, "window": window, "stride": stride, "gate": "key_value"}
     expected = gradients(
         lambda leaves: sparsek_attention(*leaves, backend="torch", **settings), [x.double() for x in inputs]
@@ -156,10 +160,20 @@ def test_triton_gradients_through_the_state(monkeypatch, shape, sizes, topk, win
 @pytest.mark.parametrize("gate", ["value", "logit"])
 def test_triton_gradients_of_every_gate(monkeypatch, gate):
     monkeypatch.setattr(plan, "SEGMENT_QUERIES", 64)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = [x.to(device) for x in make_inputs(150, hq=2, hkv=1, d=64)]
+    inputs = [x.to(DEVICE) for x in make_inputs(150, hq=2, hkv=1, d=64)]
     settings = {"topk": 6, "window": 10, "stride": 16, "gate": gate}
     expected = gradients(
         lambda leaves: sparsek_attention(*leaves, backend="torch", **settings), [x.double() for x in inputs]
     )
     check_gradients(inputs, [70, 50, 30], expected, 3e-6, backend="triton", **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [[4096, 8192, 4096], [5000, 3001, 2999]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+def test_compiled_gradients_through_the_state(sizes, dtype, tolerance):
+    inputs = [x.cuda() for x in make_inputs(sum(sizes), hq=8, hkv=2, d=128)]
+    inputs = [*(x.to(dtype) for x in inputs[:3]), inputs[3]]
+    settings = {"topk": 256, "window": 300, "stride": 64}
+    expected = gradients(lambda leaves: sparsek_attention(*leaves, **settings), inputs)
+    check_gradients(inputs, sizes, expected, tolerance, **settings)
