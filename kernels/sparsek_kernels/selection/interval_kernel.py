@@ -31,7 +31,22 @@ def _threshold(high_ptr, low_ptr, slot, mask):
     return high + tl.load(low_ptr + slot, mask=mask, other=0.0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "num_slots",
+        "pool",
+        "token_base",
+        "candidate_base",
+        "past",
+        "length",
+        "first_refresh",
+        "heads",
+        "window",
+        "stride",
+        "steps",
+    ]
+)
 def intervals(
     score_ptr,
     best_ptr,

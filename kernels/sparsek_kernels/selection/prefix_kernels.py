@@ -64,7 +64,7 @@ def sequence_table(
         lists += tl.sum(num_lists, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "candidate_base", "candidates", "heads", "window", "stride"])
 def sort_blocks(
     score_ptr,
     y_ptr,
@@ -119,7 +119,7 @@ def _list_source(
         return y_ptr + (flat - STATE) * BLOCK, flat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_lists", "pool", "heads", "group"])
 def scan_groups(
     score_ptr,
     y_ptr,
@@ -135,7 +135,7 @@ def scan_groups(
     score_stride_b,
     score_stride_s,
     score_stride_h,
-    GROUP: tl.constexpr,
+    group,
     LOG_SIZE: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -143,14 +143,14 @@ def scan_groups(
 ):
     """Grid (groups, rows). X [rows, lists, SIZE]: for each list of the group, the best keys since the group's start, or
     since its sequence's start where that is later. All blocks here are full (a sequence's last block has no list)."""
-    first = tl.program_id(0) * GROUP
+    first = tl.program_id(0) * group
     row = tl.program_id(1).to(tl.int64)
     y_ptr += row * y_stride
     x_ptr += row * x_stride
     if PACKED:
         num_lists = tl.load(list_ptr + num_seqs)
     lane = tl.arange(0, 1 << LOG_SIZE)
-    for flat in range(first, tl.minimum(first + GROUP, num_lists)):
+    for flat in range(first, tl.minimum(first + group, num_lists)):
         source, local = _list_source(y_ptr, cu_ptr, list_ptr, num_seqs, flat, PACKED, STATE, 1 << LOG_BLOCK)
         target = x_ptr + ((row * 0 + flat) << LOG_SIZE)
         if flat < STATE:
@@ -166,7 +166,7 @@ def scan_groups(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_groups", "group"])
 def scan_carries(
     x_ptr,
     c_ptr,
@@ -175,7 +175,7 @@ def scan_carries(
     num_groups,
     x_stride,
     c_stride,
-    GROUP: tl.constexpr,
+    group,
     LOG_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -185,22 +185,22 @@ def scan_carries(
     c_ptr += row * c_stride
     lane = tl.arange(0, 1 << LOG_SIZE)
     if PACKED:
-        num_groups = (tl.load(list_ptr + num_seqs) + GROUP - 1) // GROUP
-    for group in range(1, num_groups):
-        flat = group * GROUP - 1
+        num_groups = (tl.load(list_ptr + num_seqs) + group - 1) // group
+    for index in range(1, num_groups):
+        flat = index * group - 1
         local = flat
         if PACKED:
             local = flat - tl.load(list_ptr + find_sequence(list_ptr, num_seqs, flat))
         total = x_ptr + ((row * 0 + flat) << LOG_SIZE)
-        target = c_ptr + ((row * 0 + group) << LOG_SIZE)
-        if local >= GROUP:
+        target = c_ptr + ((row * 0 + index) << LOG_SIZE)
+        if local >= group:
             merge_best(target, target - (1 << LOG_SIZE), total, LOG_SIZE, LOG_SIZE)
         else:
             tl.store(target + lane, tl.load(total + lane))
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "group"])
 def add_carries(
     x_ptr,
     c_ptr,
@@ -208,20 +208,20 @@ def add_carries(
     num_seqs,
     x_stride,
     c_stride,
-    GROUP: tl.constexpr,
+    group,
     LOG_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (lists after the first group, rows). Completes X in place."""
-    flat = tl.program_id(0) + GROUP
+    flat = tl.program_id(0) + group
     row = tl.program_id(1).to(tl.int64)
-    group = flat // GROUP
+    index = flat // group
     if PACKED:
         if flat >= tl.load(list_ptr + num_seqs):
             return
         local = flat - tl.load(list_ptr + find_sequence(list_ptr, num_seqs, flat))
-        if local <= flat - group * GROUP:
+        if local <= flat - index * group:
             return
     target = x_ptr + row * x_stride + ((row * 0 + flat) << LOG_SIZE)
-    carry = c_ptr + row * c_stride + ((row * 0 + group) << LOG_SIZE)
+    carry = c_ptr + row * c_stride + ((row * 0 + index) << LOG_SIZE)
     merge_best(target, carry, target, LOG_SIZE, LOG_SIZE)

@@ -158,7 +158,6 @@ class Call:
                 BLOCK=block, PACKED=packed, num_warps=plan.sort_warps,
             )  # fmt: skip
         shared = {
-            "GROUP": plan.group,
             "LOG_SIZE": size.bit_length() - 1,
             "PACKED": packed,
             "num_warps": plan.scan_warps,
@@ -167,16 +166,16 @@ class Call:
             launch(
                 scan_groups, (num_groups, rows),
                 "scores", "y", "x", cu, list_table, num_seqs, num_lists, pool, heads, y_stride, x_stride, *scores,
-                LOG_BLOCK=block.bit_length() - 1, STATE=state, **shared,
+                plan.group, LOG_BLOCK=block.bit_length() - 1, STATE=state, **shared,
             )  # fmt: skip
         if num_carries:
             launch(
                 scan_carries, (rows,),
-                "x", "carries", list_table, num_seqs, num_groups, x_stride, c_stride, **shared,
+                "x", "carries", list_table, num_seqs, num_groups, x_stride, c_stride, plan.group, **shared,
             )  # fmt: skip
             launch(
                 add_carries, (num_lists - plan.group, rows),
-                "x", "carries", list_table, num_seqs, x_stride, c_stride, **shared,
+                "x", "carries", list_table, num_seqs, x_stride, c_stride, plan.group, **shared,
             )  # fmt: skip
         if num_slots:
             lead = 0 if packed else -geometry.slot_of(0) % plan.slots

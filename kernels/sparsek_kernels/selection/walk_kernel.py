@@ -119,7 +119,24 @@ def _solve(
     return tl.floor(numerator / size)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "num_slots",
+        "num_tiles",
+        "candidate_base",
+        "candidates",
+        "first_candidate",
+        "first_refresh",
+        "topk",
+        "pool",
+        "window",
+        "stride",
+        "tile_slots",
+        "slots",
+        "lead",
+    ]
+)
 def walk(
     y_ptr,
     x_ptr,
