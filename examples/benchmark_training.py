@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slowest", type=int, default=0, metavar="N", help="print the N longest kernels of each part"
     )
+    parser.add_argument(
+        "--waits", action="store_true", help="print the lines of a step at which the host waits"
+    )
     parser.add_argument("--trace", type=Path, help="keep the profiler's traces in this folder")
     parser.add_argument("--out", type=Path, default=Path("results"))
     return parser
@@ -208,7 +211,7 @@ class Benchmark:
     def measure(self, row: Any, shape: Any, trainer: Any, model: Any) -> None:
         from training_benchmark.arms import attended_pairs
         from training_benchmark.model import device_batch
-        from training_benchmark.parts import profile_step
+        from training_benchmark.parts import places_of_waits, profile_step
 
         args, machine = self.args, self.machine
         batch = device_batch(self.stream, row.tokens, machine.device)
@@ -234,6 +237,10 @@ class Benchmark:
                     args.trace.mkdir(parents=True, exist_ok=True)
                     keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
                 row.split = profile_step(lambda: trainer.step(*batch), model, keep)
+
+        if args.waits and machine.on_gpu:
+            for place, count in places_of_waits(lambda: trainer.step(*batch)).most_common():
+                print(f"      wait x{count}: {place}", flush=True)
 
     def print_slowest(self, row: Any) -> None:
         for part, kernels in (row.split.slowest if row.split and self.args.slowest else {}).items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,23 @@ def profile_step(step: Callable[[], Any], model: torch.nn.Module, keep: Path | N
         path = keep or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return split_trace(json.loads(path.read_text())["traceEvents"])
+
+
+def places_of_waits(step: Callable[[], Any]) -> Counter[str]:
+    """Python lines (file:line) of one step at which torch itself makes the host wait for the GPU, with their counts."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return Counter(
+        f"{'/'.join(Path(w.filename).parts[-3:])}:{w.lineno}"
+        for w in caught
+        if "synchroniz" in str(w.message)
+    )
 
 
 def split_trace(events: list[dict[str, Any]]) -> Split:
