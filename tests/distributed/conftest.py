@@ -21,6 +21,7 @@ MODULES = (
     "cases_parity",
     "cases_training",
     "cases_checkpoint",
+    "cases_optimizer",
     "cases_loss",
     "cases_mesh",
     "cases_context_parallel",
