@@ -73,13 +73,32 @@ FULL_PRECISION = {
 }
 
 
-@lru_cache(maxsize=64)
+_installed: dict[tuple[torch.device, torch.dtype, int], Tilings] = {}
+
+
+def install_tilings(device: torch.device, dtype: torch.dtype, dim_pad: int, tilings: Tilings | None) -> None:
+    """Tile shapes of this process from now on, in place of the tables; None restores them (`tune.py` finds some)."""
+    _installed.pop((device, dtype, dim_pad), None)
+    if tilings is not None:
+        _installed[device, dtype, dim_pad] = tilings
+
+
 def tilings_for(device: torch.device, dtype: torch.dtype, dim_pad: int) -> Tilings:
+    return _installed.get((device, dtype, dim_pad)) or _table(device, dtype, dim_pad)
+
+
+@lru_cache(maxsize=64)
+def _table(device: torch.device, dtype: torch.dtype, dim_pad: int) -> Tilings:
     if dtype == torch.float32:
         return FULL_PRECISION[dim_pad]
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         return HOPPER[dim_pad]
     return CONSERVATIVE[dim_pad]
+
+
+def padded_dim(dim: int) -> int:
+    """Head dimension as the kernels' tiles have it: a power of two, at least 64."""
+    return max(64, 1 << (dim - 1).bit_length())
 
 
 @lru_cache(maxsize=256)
@@ -124,7 +143,7 @@ class AttentionPlan:
         self.kv_heads = key.shape[2]
         self.group = heads // self.kv_heads
         self.group_pad = 1 << (self.group - 1).bit_length()
-        self.dim_pad = max(64, 1 << (self.dim - 1).bit_length())
+        self.dim_pad = padded_dim(self.dim)
         self.topk, self.window, self.stride, self.gate = topk, window, stride, gate
         self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
         self.floor = 1.0 / (pool - topk + 1)  # no selected gate is below this (kernels/README.md)
