@@ -9,6 +9,7 @@ import types
 from typing import Any
 
 import pytest
+import te_stubs
 import torch
 from mcore_harness import batch, build_gpt, packed, tiny_config
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
@@ -38,8 +39,14 @@ REFUSED = [
     ({"normalization": "L2Norm"}, "--normalization L2Norm"),
     ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
     ({"cp_comm_type": "a2a+p2p", "context_parallel_size": 2}, "--cp-comm-type a2a+p2p: use p2p"),
-    ({"cp_comm_type": ["p2p", "all_gather"], "context_parallel_size": 2}, "--cp-comm-type all_gather: use p2p"),
-    ({"cp_comm_type": "a2a", "context_parallel_size": 4}, "2 KV heads on a tensor-parallel rank do not divide by"),
+    (
+        {"cp_comm_type": ["p2p", "all_gather"], "context_parallel_size": 2},
+        "--cp-comm-type all_gather: use p2p",
+    ),
+    (
+        {"cp_comm_type": "a2a", "context_parallel_size": 4},
+        "2 KV heads on a tensor-parallel rank do not divide by",
+    ),
 ]
 
 
@@ -60,6 +67,23 @@ def test_unsupported_model_settings_are_refused_by_every_entry(changes: dict[str
             entry()
         assert words in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("fp8", "hybrid"), ("tp_comm_overlap", True), ("cuda_graph_impl", "local")]
+)
+def test_settings_of_the_layers_around_attention_are_not_refused(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 linear layers and communication overlap are Transformer Engine's business; the attention stays in bf16."""
+    te_stubs.install(monkeypatch)
+    config = tiny_config()
+    setattr(config, name, value)
+    spec = get_sparsek_layer_spec(config, sparsek=SPARSEK)
+    assert (
+        spec.submodules.self_attention.submodules.linear_qkv is te_stubs.StubTELayerNormColumnParallelLinear
+    )
+    SparseKCoreAttention(config, 1, AttnMaskType.causal, "self", sparsek=SPARSEK)
 
 
 def test_multi_latent_attention_is_refused() -> None:
