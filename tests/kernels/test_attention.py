@@ -150,7 +150,17 @@ interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("n", "hq", "hkv", "d", "topk", "window", "stride", "pool", "gate"),
     [
-        (300, 4, 1, 64, 16, 20, 64, 40, "key_value"),  # one refresh point a tile
+        (
+            300,
+            4,
+            1,
+            64,
+            40,
+            20,
+            64,
+            100,
+            "key_value",
+        ),  # one refresh point a tile, full blocks of the list and a rest
         (261, 3, 1, 80, 16, 20, 8, 40, "logit"),  # several refresh points a tile, surplus head rows, padded d
         (200, 2, 2, 64, 8, 5, 1, 32, "value"),
         (270, 7, 1, 64, 8, 130, 64, 32, "logit"),
@@ -159,6 +169,16 @@ interpreted = pytest.mark.skipif(
 def test_interpreted_kernels(short_segments, n, hq, hkv, d, topk, window, stride, pool, gate):
     inputs = make_inputs(n, hq=hq, hkv=hkv, d=d, dtype=torch.float32)
     check(inputs, 2e-6, "triton", topk=topk, window=window, stride=stride, pool=pool, gate=gate)
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["key_value", "value"])
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0])
+def test_interpreted_forward_at_scales_that_reverse_or_ignore_the_logits(gate, softmax_scale):
+    inputs = make_inputs(150, hq=2, hkv=1, d=64, dtype=torch.float32)
+    kw = {"topk": 12, "window": 40, "stride": 64, "pool": 30, "gate": gate, "softmax_scale": softmax_scale}
+    expected = sparsek_attention(*(x.double() for x in inputs), backend="torch", **kw)
+    assert error(sparsek_attention(*inputs, backend="triton", **kw), expected) < 2e-6
 
 
 @interpreted
