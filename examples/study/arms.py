@@ -28,7 +28,7 @@ class Arm:
     sparsek       selection and scorer settings
     scores        "learned" by the scorer from hidden states; fixed: "recent", "first", "random" (see above); "keys": a
                   learned vector per KV head times the normalised keys, after RoPE; "dense": full causal attention
-    dense_layers  indices of layers with full attention in an otherwise sparse arm
+    full_layers  indices of layers with full attention in an otherwise sparse arm
     shared        one selection for all KV heads of a layer (the mean of their scores)
     fixed_slope   the position slope is this constant instead of learned
     start         name of an arm of the same table whose trained weights this arm starts from
@@ -38,7 +38,7 @@ class Arm:
     name: str
     sparsek: SparseKConfig
     scores: str = "learned"
-    dense_layers: tuple[int, ...] = ()
+    full_layers: tuple[int, ...] = ()
     shared: bool = False
     fixed_slope: float | None = None
     start: str | None = None
@@ -133,7 +133,23 @@ def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tu
 
 DEFAULT = learned("default", 256, 256, 64)
 SMALL = Model(num_layers=2, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2, num_query_groups=2)
-RECALL = equal_budget(64, 64, 16)
+RECALL = equal_budget(32, 32, 8)
+
+
+def recall_table(title: str, data: str, length: int) -> Table:
+    """A recall task: two layers, 64 keys a query."""
+    return Table(
+        title,
+        RECALL,
+        data=data,
+        length=length,
+        tokens_per_step=65_536,
+        steps=1500,
+        learning_rate=4e-3,
+        model=SMALL,
+        far=64,
+    )
+
 
 TABLES: dict[str, Table] = {
     "budget_4k": Table("Equal budget of 512 keys at 4,096 tokens", equal_budget(256, 256, 64)),
@@ -176,41 +192,16 @@ TABLES: dict[str, Table] = {
         "Dense layers mixed in, and shared selection",
         (
             DEFAULT,
-            learned("first dense", 256, 256, 64, dense_layers=(0,)),
-            learned("last dense", 256, 256, 64, dense_layers=(5,)),
-            learned("every third dense", 256, 256, 64, dense_layers=(2, 5)),
+            learned("first dense", 256, 256, 64, full_layers=(0,)),
+            learned("last dense", 256, 256, 64, full_layers=(5,)),
+            learned("every third dense", 256, 256, 64, full_layers=(2, 5)),
             learned("shared by KV heads", 256, 256, 64, shared=True),
         ),
     ),
-    "passkey": Table(
-        "Passkey among 2,048 tokens",
-        RECALL,
-        data="passkey",
-        length=2048,
-        tokens_per_step=65_536,
-        steps=1500,
-        model=SMALL,
-        far=128,
-    ),
-    "recall": Table(
-        "Associative recall: 16 pairs among 1,024 tokens",
-        RECALL,
-        data="recall",
-        length=1024,
-        tokens_per_step=65_536,
-        steps=1500,
-        model=SMALL,
-        far=128,
-    ),
-    "recall_many": Table(
-        "Associative recall: 128 pairs, more than topk can hold, among 1,024 tokens",
-        RECALL,
-        data="recall_many",
-        length=1024,
-        tokens_per_step=65_536,
-        steps=1500,
-        model=SMALL,
-        far=128,
+    "passkey": recall_table("Passkey among 1,024 tokens", "passkey", 1024),
+    "recall": recall_table("Associative recall: 16 pairs among 512 tokens", "recall", 512),
+    "recall_many": recall_table(
+        "Associative recall: 64 pairs, more than topk can hold, among 512 tokens", "recall_many", 512
     ),
     "from_dense": Table(
         "From dense to 512 keys in 5 % of the steps",

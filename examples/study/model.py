@@ -97,7 +97,7 @@ def layer_for(arm: Arm, layer: Any, index: int) -> Any:
     """The library's layer spec with the arm's self attention and core attention."""
     attention = layer.submodules.self_attention
     core = attention.submodules.core_attention
-    if arm.scores == "dense" or index in arm.dense_layers:
+    if arm.scores == "dense" or index in arm.full_layers:
         core = ModuleSpec(module=DenseCoreAttention)
     elif arm.scores == "keys":
         core = dataclasses.replace(core, module=KeyScoreCoreAttention)

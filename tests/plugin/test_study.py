@@ -79,6 +79,38 @@ def test_generated_data_is_repeatable_and_inside_its_vocabulary(
     assert first.min() >= 0 and first.max() < data.vocabulary and first.unique().numel() >= 4
 
 
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("table", ["budget_4k", "scorer", "slope", "layers"])
+def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None:
+    import run
+    from data import Batch
+    from model import DenseCoreAttention, build, start_megatron
+    from train import token_losses
+
+    micro = run.micro(study.TABLES[table])
+    tokens = torch.randint(0, 64, (1, 97), generator=torch.Generator().manual_seed(1))
+    for arm in micro.arms:
+        device = start_megatron(3)
+        model = build(arm, micro, 64, device)
+        token_losses(model, Batch(tokens, torch.ones(1, 96)), device).mean().backward()
+        for index, layer in enumerate(model.decoder.layers):
+            attention = layer.self_attention
+            dense = arm.scores == "dense" or index in arm.full_layers
+            assert isinstance(attention.core_attention, DenseCoreAttention) == dense
+            gradient = attention.scorer.weight.grad
+            learns = arm.scores == "learned" and not dense and not arm.sparsek.hard_selection
+            assert (gradient is not None and bool(gradient.any())) == learns, (arm.name, index)
+            if arm.scores == "keys":
+                assert attention.core_attention.score_weight.grad.any()
+            if arm.fixed_slope is not None:
+                assert (
+                    attention.scorer.slope == arm.fixed_slope
+                ).all() and attention.scorer.slope.grad is None
+            if arm.shared:
+                scores = attention.scores(torch.randn(12, 1, 32))
+                assert torch.equal(scores[..., 0], scores[..., 1])
+
+
 def test_a_table_runs_on_cpu_and_continues(tmp_path: Path) -> None:
     """Trains a dense arm and one that starts from its weights, and writes every file; again it has nothing to do."""
     command = [sys.executable, str(STUDY / "run.py"), "from_dense", "--micro", "--jobs", "1", "--seeds", "1"]
