@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--contexts", default=[2**i for i in range(12, 21)], **numbers)
     parser.add_argument("--batch-sizes", default=[1, 32], **numbers)
     parser.add_argument("--prefill-lengths", default=[2**i for i in range(15, 21)], **numbers)
-    parser.add_argument("--prefill-piece", type=int, default=65_536, help="tokens of one prefill call")
+    parser.add_argument("--prefill-piece", type=int, default=32_768, help="tokens of one prefill call")
     for name, value in (("layers", 32), ("heads", 32), ("kv-heads", 8), ("head-dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in (("topk", 512), ("window", 512), ("stride", 64)):

@@ -133,6 +133,18 @@ def test_prefill_continues_after_decoding():
         assert largest_error(torch.cat(outputs, dim=1), expected) < 1e-5
 
 
+def test_a_long_prefill_runs_in_pieces(monkeypatch):
+    inputs = make_inputs(130, batch=3)
+    monkeypatch.setattr("sparsek_kernels.cache.cache.PREFILL_TOKENS", 60)
+    cache = make_cache(inputs, **SMALL)
+    first = cache.prefill(*part(inputs, 0, 90), lengths=[90, 41, 90])
+    expected = sparsek_attention(*(x.double() for x in inputs), **SMALL)
+    assert largest_error(first[[0, 2]], expected[[0, 2], :90]) < 1e-5
+    assert largest_error(first[1, :41], expected[1, :41]) < 1e-5
+    later = cache.rows(2, 3).prefill(*(x[2:, 90:] for x in inputs))
+    assert largest_error(later, expected[2:, 90:]) < 1e-5
+
+
 def test_memory_is_allocated_once_and_does_not_depend_on_the_length():
     inputs = make_inputs(200)
     cache = make_cache(inputs, **SMALL)

@@ -42,6 +42,8 @@ def _offer(
     LOG_PAD: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """Merge newcomers base ... base + CHUNK - 1 (positions from `first`) into the pool and the selection."""
+    entry = tl.arange(0, POOL_PAD)
+    z = tl.load(pool + entry, mask=entry < POOL, other=float("-inf"))  # first: the search below then hits L1
     lane = tl.arange(0, CHUNK)
     position = first + base + lane
     ok = (base + lane < STRIDE) & (position >= 0)
@@ -54,8 +56,6 @@ def _offer(
     entering = tl.sum(enters.to(tl.int32), 0)
     given = tl.load(place + TOPK - entering + among, mask=enters, other=0)
 
-    entry = tl.arange(0, POOL_PAD)
-    z = tl.load(pool + entry, mask=entry < POOL, other=float("-inf"))
     old_place = tl.load(place + entry, mask=entry < TOPK, other=0)
     shift = entry * 0
     for s in range(CHUNK):
@@ -92,18 +92,18 @@ def _solve(z, start, TOPK: tl.constexpr):
     point = tl.where((start > lo) & (start < hi), start, 0.5 * lo)
     numerator = hi
     size = hi + 1.0
-    last_high = tl.zeros([], tl.int32) - 1
-    last_low = tl.zeros([], tl.int32) - 1
+    last = tl.zeros([], tl.int32) - 1
     step_number = 0
     while step_number < 256:
         positive = z > point
         saturated = z - ONE >= point
-        low = tl.sum(positive.to(tl.int32), 0)
-        high = tl.sum(saturated.to(tl.int32), 0)
-        if (low == last_low) & (high == last_high):
+        # One reduction for both counts: the pool has at most 2^14 entries.
+        counts = tl.sum(positive.to(tl.int32) + (saturated.to(tl.int32) << 15), 0)
+        if counts == last:
             step_number = 256
         else:
-            size = (low - high).to(tl.float64)
+            high = counts >> 15
+            size = ((counts & 0x7FFF) - high).to(tl.float64)
             total = tl.sum(tl.where(positive & (saturated == 0), z, 0.0), 0)
             numerator = total + (high - TOPK).to(tl.float64) * ONE
             higher = numerator > point * size
@@ -113,8 +113,7 @@ def _solve(z, start, TOPK: tl.constexpr):
             good = (size > 0.0) & (step >= lo) & (step <= hi)
             good = good & ((step_number < 8) | (step_number % 2 == 0))
             point = tl.where(good, step, 0.5 * (lo + hi))
-            last_low = tl.where(good, low, -1)
-            last_high = tl.where(good, high, -1)
+            last = tl.where(good, counts, -1)
             step_number += 1
     return tl.floor(numerator / size)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsek_kernels.attention.api import BACKENDS
-from sparsek_kernels.attention.chunk import sparsek_attention_chunk
+from sparsek_kernels.attention.chunk import AttentionState, sparsek_attention_chunk
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP
 from sparsek_kernels.cache.layout import Buffers, CacheSettings, read_state, write_state
 from sparsek_kernels.cache.torch_backend import append_torch, attend_torch
@@ -198,52 +198,63 @@ class SparseKCache:
         Raises ValueError for tensors that do not fit the cache; it is then unchanged.
         """
         self._check(query, key, value, scores)
-        settings, (batch, tokens) = self.settings, query.shape[:2]
+        batch, tokens = query.shape[:2]
         counts = [tokens] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or not all(0 <= n <= tokens for n in counts):
             raise ValueError(
                 f"lengths must hold {batch} numbers between 0 and the {tokens} tokens given, got {counts}"
             )
-        out = query.new_empty(query.shape)
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (past, count) in enumerate(zip(self.lengths.tolist(), counts, strict=True)):
-            out[row, count:] = 0
             groups.setdefault((past, count), []).append(row)
         finished = []
         for (past, count), chosen in groups.items():
-            if count == 0:
-                continue
-            whole = len(chosen) == batch
-            index = torch.tensor(chosen, device=self.device)
-            inputs = [x if whole else x[index] for x in (query, key, value, scores)]
-            buffers = self._buffers if whole else self._buffers.map(lambda x, i=index: x[i])
-            state = read_state(buffers, settings, past) if past else None
-            step = max(PREFILL_TOKENS // len(chosen), 1)
-            for start in range(0, count, step):
-                piece = (x[:, start : min(start + step, count)] for x in inputs)
-                part, state = sparsek_attention_chunk(
-                    *piece,
-                    topk=settings.topk,
-                    window=settings.window,
-                    stride=settings.stride,
-                    pool=settings.pool,
-                    gate=settings.gate,
-                    softmax_scale=settings.softmax_scale,
-                    state=state,
-                    backend=self.backend,
-                )
-                if whole:
-                    out[:, start : start + step][:, : part.shape[1]] = part
-                else:
-                    out[index, start : start + part.shape[1]] = part
-            finished.append((index, whole, state))
-        for index, whole, state in finished:  # nothing is stored before everything has been computed
-            buffers = self._buffers if whole else self._buffers.map(lambda x, i=index: x[i])
-            write_state(buffers, settings, state)
-            if not whole:
-                for name, tensor in buffers.tensors().items():
-                    getattr(self._buffers, name)[index] = tensor
+            if count:
+                rows = None if len(chosen) == batch else torch.tensor(chosen, device=self.device)
+                finished.append((rows, *self._continue(rows, (query, key, value, scores), past, count)))
+        for rows, _, state in finished:  # nothing is stored before everything has been computed
+            self._store(rows, state)
+        if min(counts) == tokens and len(finished) == 1:
+            return finished[0][1]
+        out = query.new_zeros(query.shape)
+        for rows, part, _ in finished:
+            out[slice(None) if rows is None else rows, : part.shape[1]] = part
         return out
+
+    def _select(self, rows: torch.Tensor | None) -> Buffers:
+        """The buffers of some rows: a copy, or all of them themselves."""
+        return self._buffers if rows is None else self._buffers.map(lambda x: x[rows])
+
+    def _continue(
+        self, rows: torch.Tensor | None, inputs: tuple[torch.Tensor, ...], past: int, count: int
+    ) -> tuple[torch.Tensor, AttentionState]:
+        """Attention of the first `count` tokens of rows that all hold `past` tokens, and the state after them."""
+        settings = self.settings
+        chosen = [x[:, :count] if rows is None else x[rows, :count] for x in inputs]
+        state = read_state(self._select(rows), settings, past) if past else None
+        outputs = []
+        for piece in zip(*(x.split(max(PREFILL_TOKENS // len(x), 1), dim=1) for x in chosen), strict=True):
+            out, state = sparsek_attention_chunk(
+                *piece,
+                topk=settings.topk,
+                window=settings.window,
+                stride=settings.stride,
+                pool=settings.pool,
+                gate=settings.gate,
+                softmax_scale=settings.softmax_scale,
+                state=state,
+                backend=self.backend,
+            )
+            outputs.append(out)
+        assert state is not None
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+
+    def _store(self, rows: torch.Tensor | None, state: AttentionState) -> None:
+        buffers = self._select(rows)
+        write_state(buffers, self.settings, state)
+        if rows is not None:
+            for name, tensor in buffers.tensors().items():
+                getattr(self._buffers, name)[rows] = tensor
 
     @torch.no_grad()
     def decode(

@@ -28,8 +28,8 @@ class DecodeTiling:
 
 
 # 16-bit inputs, measured on Hopper (kernels/benchmarks/README.md); fp32 rows are twice as long.
-HALF_PRECISION = DecodeTiling(block=64, num_warps=4, num_stages=3, programs_per_sm=4)
-FULL_PRECISION = DecodeTiling(block=32, num_warps=4, num_stages=2, programs_per_sm=4)
+HALF_PRECISION = DecodeTiling(block=64, num_warps=4, num_stages=3, programs_per_sm=1)
+FULL_PRECISION = DecodeTiling(block=32, num_warps=4, num_stages=2, programs_per_sm=1)
 
 
 def _pad(n: int) -> int:
