@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model counts what the code sends and computes, and its search keeps to what fits and divides."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsek_megatron.planning import H200, MODELS, Layout, Machine, Model, Run, best_layout, estimate
+from sparsek_megatron.planning.cost import context_bytes, layer_flops, state_bytes
+from sparsek_megatron.planning.search import calibrate, layer_seconds, layouts
+from sparsek_megatron.training.flops import mean_attended_keys
+
+TINY = Model(2, 64, 128, 4, 2, head_dim=16, vocabulary=100, topk=16, window=16, stride=8, pool=64)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("7B", 8.0), ("70B", 70.6), ("405B", 405.8)])
+def test_shapes_have_the_parameters_of_their_models(name: str, billions: float) -> None:
+    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [20, 1_000, 100_000])
+def test_attended_keys_are_those_of_the_selection(tokens: int) -> None:
+    exact = mean_attended_keys(tokens, topk=16, window=16, stride=8)
+    assert TINY.attended(tokens) == pytest.approx(exact, rel=0.05)
+
+
+def test_costs_of_layouts_add_up() -> None:
+    model, run = MODELS["7B"], Run(1 << 17, 1 << 21)
+    alone = estimate(model, run, Layout(1, 1, 1, 1), H200)
+    split = estimate(model, run, Layout(2, 2, 2, 2), H200)
+    assert split.compute == pytest.approx(alone.compute / 16)
+    assert split.bubble == pytest.approx(split.compute / 8)  # 8 micro-batches, 2 stages
+    products, attention = layer_flops(model, run.tokens)
+    forward_and_backward = 16 * 32 * 4 * products / (H200.peak * H200.matmul)
+    assert alone.compute > forward_and_backward
+    assert alone.received == dict.fromkeys(("tensor", "context", "pipeline", "data"), 0.0)
+    assert attention == pytest.approx(4 * 32 * 128 * model.attended(1 << 17) * (1 << 17))
+
+
+def test_context_parallel_bytes_do_not_depend_on_the_length_and_tensor_parallel_ones_do() -> None:
+    model = MODELS["7B"]
+
+    def received(tokens: int, **sizes: int) -> dict[str, float]:
+        layout = Layout(**{"tp": 1, "cp": 1, "pp": 1, "dp": 1, **sizes})
+        return estimate(model, Run(tokens, tokens), layout, H200).received
+
+    assert received(1 << 17, cp=4)["context"] == received(1 << 20, cp=4)["context"] > 0
+    assert received(1 << 20, tp=4)["tensor"] == pytest.approx(8 * received(1 << 17, tp=4)["tensor"])
+
+
+def test_context_bytes_are_those_of_the_collectives() -> None:
+    """Written out from the tensors that the exchange sends (test_context_parallel.py counts them)."""
+    forward, backward = context_bytes(dataclasses.replace(TINY, kv_heads=1), tp=1, cp=4)
+    row, recent, others = 2 * 16 * 2, 23, 6
+    assert forward == others * (16 * row + 8 * 64 + 4 * recent) + 2 * recent * row
+    assert backward == others * (16 * row + 4 * (64 + recent)) + 2 * recent * row
+
+
+def test_zero_shards_the_optimizer_over_data_and_context_ranks() -> None:
+    model = MODELS["7B"]
+    whole = state_bytes(model, Layout(1, 1, 1, 1))
+    assert whole == model.parameters * 18
+    assert state_bytes(model, Layout(1, 2, 1, 4)) == model.parameters * (6 + 12 / 8)
+    assert state_bytes(model, Layout(1, 2, 1, 4, zero=3)) == model.parameters * 18 / 8
+
+
+def test_the_search_keeps_to_memory_and_divisors() -> None:
+    run = Run(1 << 20, 1 << 24)
+    plan = best_layout(MODELS["7B"], run, 64, H200)
+    assert plan is not None and plan.layout.gpus == 64
+    assert plan.cost.memory <= H200.memory
+    every = [estimate(MODELS["7B"], run, layout, H200) for layout in layouts(MODELS["7B"], run, 64, H200)]
+    assert plan.cost.seconds == min(cost.seconds for cost in every if cost.memory <= H200.memory)
+    assert best_layout(MODELS["405B"], run, 8, H200) is None
+    assert all(
+        layout.tp <= 8 and run.sequences % layout.dp == 0 for layout in layouts(MODELS["7B"], run, 64, H200)
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(16, 1, 1, 1), "kv_heads = 8 is not divisible by 16"),
+        (Layout(1, 3, 1, 1), "tokens = 131072 is not divisible by 6"),
+        (Layout(1, 1, 5, 1), "layers = 32 is not divisible by 5"),
+        (Layout(1, 1, 1, 3), "sequences per step = 16 is not divisible by 3"),
+        (Layout(1, 1, 2, 1, zero=3), "ZeRO-3 runs without a pipeline"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_named(layout: Layout, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        estimate(MODELS["7B"], Run(1 << 17, 1 << 21), layout, H200)
+
+
+def rows_of(machine: Machine, meshes: list[tuple[int, int]]) -> list[dict[str, str]]:
+    """What benchmark_scaling would have written on a machine that the model describes exactly."""
+    rows = []
+    for tp, cp in meshes:
+        products, rest = layer_seconds(MODELS["7B"], 1 << 17, tp, cp, machine, recompute=False)
+        milliseconds = (products / machine.matmul + rest) * 1e3
+        rows.append({"side": "sparsek", "tp": tp, "cp": cp, "tokens": 1 << 17, "step_ms": milliseconds})
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def test_calibration_finds_the_efficiency_and_reports_the_error_of_every_row() -> None:
+    machine = dataclasses.replace(H200, matmul=0.55)
+    rows = rows_of(machine, [(1, 1), (1, 2), (2, 1)])
+    rows[1]["step_ms"] = str(float(rows[1]["step_ms"]) * 1.25)
+    fitted, compared = calibrate(rows, MODELS["7B"], H200, recompute=False)
+    assert fitted.matmul == pytest.approx(0.55)
+    errors = [predicted / measured - 1 for _, measured, predicted in compared]
+    assert errors == pytest.approx([0.0, -0.2, 0.0], abs=1e-9)
+    with pytest.raises(ValueError, match="no sparsek row of one GPU"):
+        calibrate(rows[1:], MODELS["7B"], H200, recompute=False)
+
+
+def test_the_example_prints_a_row_for_each_case_and_the_errors(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    rows = rows_of(H200, [(1, 1), (2, 1)])
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    program = Path(__file__).parents[2] / "examples" / "plan_parallelism.py"
+    flags = [
+        "--models",
+        "7B",
+        "--gpus",
+        "8",
+        "64",
+        "--tokens",
+        "131072",
+        "--calibrate",
+        str(results),
+        "--layers",
+        "32",
+    ]
+    done = subprocess.run([sys.executable, str(program), *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "matrix products at 65%" in done.stdout
+    assert done.stdout.count("| 7B |") == 2
+    assert "(+0.0%)" in done.stdout
