@@ -36,7 +36,7 @@ from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
 from sparsek_megatron.specs import to_sparsek
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "side", "tp", "cp", "tokens", "step_ms", "tokens_per_s", "tokens_per_s_per_gpu", "exposed_communication_ms",
     "scoring_ms", "peak_gib", "received_mib", "by_collective",
 )  # fmt: skip
