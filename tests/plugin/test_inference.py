@@ -2,6 +2,7 @@
 """Generation through megatron-core's static inference contexts: the training forward's logits, in constant memory."""
 
 import pytest
+import static_engine
 import torch
 from mcore_harness import batch, build_gpt, parallel, start_process_group, tiny_config
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -159,3 +160,29 @@ def test_fused_rope_cannot_rotate_rows_by_positions_of_their_own():
     gpt.config.apply_rope_fusion = True
     with pytest.raises(NotImplementedError, match="--no-rope-fusion"):
         forward(gpt, batch(1)[0], context)
+
+
+class NoEvent:
+    """A CUDA event where there is no CUDA."""
+
+    def __init__(self, **_options):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, _other):
+        return 1.0
+
+
+def test_the_static_engine_of_megatron_generates_from_the_caches(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", NoEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    prompts = ["hello there", "how are you today, my friend?"]
+    for prompt, tokens, logits in static_engine.generate(model(), prompts, tokens=30):
+        assert len(prompt) in (11, 29) and len(tokens) > 5
+        assert logits.argmax(-1).tolist() == tokens
