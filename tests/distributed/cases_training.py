@@ -27,7 +27,7 @@ SPARSEK: dict[str, Any] = {"topk": 5, "window": 4, "stride": 4, "pool": 12, "ref
 def train(
     tp: int, pp: int, steps: int, *, vpp: int | None = None, weights: dict[str, torch.Tensor] | None = None,
     distributed: bool = True, sparsek: SparseKConfig | None = None, layer_spec: bool = False, stock: bool = False,
-    overlap: bool = False, **changes: Any,
+    overlap: bool = False, cp: int = 1, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Losses and gradient norms of `steps` steps, whole gradients of the first, and what was built.
 
@@ -45,7 +45,7 @@ def train(
             return get_sparsek_layer_spec(config, sparsek=sparsek)
         return get_sparsek_block_spec(config, sparsek=sparsek, vp_stage=vp_stage)
 
-    with parallel(tp=tp, pp=pp, vpp=vpp), cuda_to_cpu():
+    with parallel(tp=tp, pp=pp, vpp=vpp, cp=cp), cuda_to_cpu():
         from megatron.core import parallel_state
 
         given = (
@@ -108,6 +108,13 @@ def compare(reference: dict[str, Any], got: dict[str, Any]) -> dict[str, Any]:
 def training_tp2_pp2_sp() -> dict[str, Any]:
     reference = train(1, 1, COMPARED, distributed=False)
     got = train(2, 2, STEPS, weights=reference["initial"], sequence_parallel=True)
+    return compare(reference, got)
+
+
+@case
+def training_cp2_pp2() -> dict[str, Any]:
+    reference = train(1, 1, COMPARED, distributed=False)
+    got = train(1, 2, COMPARED, cp=2, distributed=False, weights=reference["initial"])
     return compare(reference, got)
 
 

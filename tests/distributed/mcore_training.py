@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from sparsek_megatron.context_parallel import shard_sequence
 from sparsek_megatron.optimizer import scorer_config_overrides
 
 LENGTH = 32
@@ -101,10 +102,15 @@ class Training:
         self.optimizer.zero_grad()
 
         def forward_step(_: Any, model: Any) -> tuple[torch.Tensor, Any]:
-            tokens, positions, labels = next(iterators[id(model)])
+            tokens, positions, labels = (shard_sequence(x, cp, rank) for x in next(iterators[id(model)]))
             output = model(tokens, positions, None, labels=labels)
-            return output, lambda out: (out.float().mean(), {"loss": out.float().mean().detach()})
+            # Megatron multiplies a loss without a token count by the context-parallel size.
+            return output, lambda out: (out.float().mean() / cp, {"loss": out.float().mean().detach()})
 
+        cp, rank = (
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
         micro_batches = [batch(LENGTH, 2, seed=100 * step + i) for i in range(MICRO_BATCHES)]
         iterators = {id(chunk): iter(micro_batches) for chunk in self.chunks}
         losses = get_forward_backward_func()(
@@ -119,6 +125,8 @@ class Training:
         loss = torch.zeros(1)
         if losses:
             loss[0] = torch.stack([x["loss"] for x in losses]).mean()
+            torch.distributed.all_reduce(loss, group=parallel_state.get_context_parallel_group())
+            loss /= cp
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.all_reduce(loss, group=group)

@@ -30,6 +30,10 @@ def test_twenty_steps_on_pp2_tp2_with_sequence_parallelism_follow_one_process_an
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.1
 
 
+def test_context_parallelism_in_a_pipeline_follows_one_process(launched) -> None:
+    check(launched["training_cp2_pp2"], gradients=True)
+
+
 def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_parallelism(launched) -> None:
     """With overlapped communication, and q/k norms included, which Megatron would sum again by their slot's name."""
     check(launched["training_tp2_dp2_sp_qk_norm"], gradients=False)
