@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by the scripts beside it: a virtual environment with the package installed, and `python` on the PATH.
 #

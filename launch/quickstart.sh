@@ -5,6 +5,7 @@
 #   ./launch/quickstart.sh            run it, or resume it from its last checkpoint
 #   ./launch/quickstart.sh --fresh    start over
 #   ./launch/quickstart.sh --short    a run of a few steps that shows that everything works
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 fresh=false short=false
@@ -12,7 +13,7 @@ for argument in "$@"; do
     case "$argument" in
     --fresh) fresh=true ;;
     --short) short=true ;;
-    -h | --help) sed -n '3,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    -h | --help) sed -n '3,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     *) fail "$argument: unknown flag; the flags are --fresh and --short" ;;
     esac
 done

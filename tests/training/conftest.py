@@ -1,32 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small corpus, its tokenizer and its datasets, made once; and how a program refuses."""
 
-import sysconfig
-from pathlib import Path
-
 import pytest
+from corpus import prepare_corpus
 from programs import Prepared
 
-from sparsek_megatron.data.prepare import prepare
 from sparsek_megatron.errors import report_user_errors
-
-VOCABULARY = 512
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Prepared:
-    folder = tmp_path_factory.mktemp("prepared")
-    texts = folder / "texts"
-    texts.mkdir()
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(stdlib.glob("[a-h]*.py"))[:40]:
-        (texts / path.name).write_bytes(path.read_bytes()[:20_000].decode("utf-8", "ignore").encode())
-    prepare(
-        ["--input", str(texts), "--train-tokenizer", "--vocab-size", str(VOCABULARY), "--validation-fraction", "0.2",
-         "--tokenizer-model", str(folder / "tokenizer.model"), "--output-prefix", str(folder / "text"),
-         "--workers", "1"]
-    )  # fmt: skip
-    return Prepared(folder)
+    return prepare_corpus(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
