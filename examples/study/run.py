@@ -5,7 +5,8 @@
     python examples/study/run.py budget_4k --jobs 6
     python examples/study/run.py recall --micro        # seconds on a CPU, to see that it runs
 
-Runs are separate processes that share the GPU. Finished runs are kept: the same command continues where it stopped.
+Runs are separate processes that share the visible GPUs. Finished runs are kept: the same command continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -64,11 +68,10 @@ def _finished(run: Run) -> bool:
     return run.log.is_file() and '"kind": "evaluation"' in run.log.read_text()
 
 
-def _in_worker(run: Run) -> Path:
-    import torch
-
+def _start_worker(gpus: Any) -> None:
     torch.set_num_threads(1)
-    return train(run)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpus.get())
 
 
 def _run_all(runs: list[Run], jobs: int) -> int:
@@ -76,9 +79,12 @@ def _run_all(runs: list[Run], jobs: int) -> int:
     waiting = [run for run in runs if not _finished(run)]
     failed = 0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    gpus = context.Queue()  # each worker takes one, so that all visible GPUs are used
+    for worker in range(jobs):
+        gpus.put(worker % max(1, torch.cuda.device_count()))
+    with ProcessPoolExecutor(jobs, context, _start_worker, (gpus,)) as pool:
         began = time.time()
-        futures = {pool.submit(_in_worker, run): run for run in waiting}
+        futures = {pool.submit(train, run): run for run in waiting}
         for future in as_completed(futures):
             run, error = futures[future], future.exception()
             failed += error is not None
