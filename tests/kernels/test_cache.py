@@ -171,6 +171,9 @@ def test_saved_and_loaded_midway(tmp_path):
     assert loaded.settings == cache.settings
     assert torch.equal(decode(loaded, inputs, 71, 120), whole[:, 71:])
     assert [path.name for path in tmp_path.iterdir()] == ["cache.pt"]
+    cache.rows(1, 2).save(tmp_path / "row.pt")
+    assert torch.equal(SparseKCache.load(tmp_path / "row.pt").lengths, cache.lengths[1:])
+    assert (tmp_path / "row.pt").stat().st_size < 0.7 * (tmp_path / "cache.pt").stat().st_size
 
 
 def test_what_is_not_a_saved_cache_is_refused(tmp_path):

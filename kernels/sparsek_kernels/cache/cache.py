@@ -149,7 +149,9 @@ class SparseKCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write settings and buffers to a file, which appears complete or not at all."""
         values = {name: getattr(self.settings, name) for name in CacheSettings.__dataclass_fields__}
-        content = {"format": FORMAT, "settings": values, "buffers": self._buffers.tensors()}
+        # Copies: what is saved of a view would be the whole memory behind it.
+        buffers = {name: tensor.clone() for name, tensor in self._buffers.tensors().items()}
+        content = {"format": FORMAT, "settings": values, "buffers": buffers}
         partial = Path(path).with_name(Path(path).name + ".partial")
         try:
             torch.save(content, partial)
