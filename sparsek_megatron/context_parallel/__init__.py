@@ -3,6 +3,13 @@
 
 from sparsek_megatron.context_parallel.agreement import check_agreement
 from sparsek_megatron.context_parallel.attention import context_parallel_attention
-from sparsek_megatron.context_parallel.layout import LAYOUTS, shard_positions, shard_sequence
+from sparsek_megatron.context_parallel.layout import LAYOUTS, gather_sequence, shard_positions, shard_sequence
 
-__all__ = ["LAYOUTS", "check_agreement", "context_parallel_attention", "shard_positions", "shard_sequence"]
+__all__ = [
+    "LAYOUTS",
+    "check_agreement",
+    "context_parallel_attention",
+    "gather_sequence",
+    "shard_positions",
+    "shard_sequence",
+]

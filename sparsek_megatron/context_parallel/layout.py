@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 LAYOUTS = ("zigzag", "contiguous")
@@ -70,3 +71,16 @@ def shard_sequence(x: Tensor, cp: int, rank: int, *, dim: int = 1, layout: str =
     if cp == 1:
         return x
     return x.index_select(dim, shard_positions(x.shape[dim], cp, rank, layout, x.device))
+
+
+@torch.no_grad()
+def gather_sequence(x: Tensor, group: dist.ProcessGroup, *, layout: str = "zigzag") -> Tensor:
+    """The whole sequence [b, s, ...] on every rank from the shards [b, s / cp, ...]: O(s) traffic, without gradient."""
+    cp = group.size()
+    if cp == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(cp)]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    length = x.shape[1] * cp
+    order = torch.cat([shard_positions(length, cp, rank, layout, x.device) for rank in range(cp)])
+    return torch.cat(parts, dim=1)[:, order.argsort()]

@@ -54,7 +54,10 @@ class TrainingConfig:
     tensor_model_parallel_size: int = _setting(1, "ranks that share each layer")
     sequence_parallel: bool = _setting(False, "shard activations along the sequence over the tensor-parallel ranks")
     pipeline_model_parallel_size: int = _setting(1, "pipeline stages (1 only: DeepSpeed drives this trainer)")
-    context_parallel_size: int = _setting(1, "ranks that share a sequence's attention (1 only)")
+    context_parallel_size: int = _setting(1, "ranks that share each sequence: rank r holds chunks r and 2 CP - 1 - r")
+    cp_comm_type: str = _setting(
+        "p2p", "what crosses ranks: selected keys and a halo, or heads for tokens", choices=("p2p", "a2a")
+    )
     zero_stage: int = _setting(1, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
     offload_optimizer: bool = _setting(False, "keep the optimizer's state in host memory and update there (ZeRO 1-3)")
     deepspeed_config: str | None = _setting(

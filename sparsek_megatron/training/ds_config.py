@@ -63,8 +63,9 @@ def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, o
         "wall_clock_breakdown": False,
     }
     if config.deepspeed_config:
-        return _merged(config.deepspeed_config, _read(config.deepspeed_config), ours, "")
-    return ours
+        ours = _merged(config.deepspeed_config, _read(config.deepspeed_config), ours, "")
+    # DeepSpeed takes context-parallel ranks for data-parallel ones, which its gradients are averaged over too.
+    return {**ours, "train_batch_size": batch * config.context_parallel_size}
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from sparsek_kernels import sparsek
 from torch import Tensor
 
+from sparsek_megatron.context_parallel import gather_sequence
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.scoring import ScoringNetwork
 from sparsek_megatron.training.arguments import TrainingConfig
@@ -87,6 +89,7 @@ class SelectionWatch:
         """What the scores kept since `arm` tell, over all ranks. A collective."""
         counts = torch.zeros(5, dtype=torch.float64, device=device)
         for scores in self._scores:
+            scores = gather_sequence(scores, parallel_state.get_context_parallel_group())
             counts += selection_counts(scores, **self._settings)
         self._scores.clear()
         dist.all_reduce(counts)

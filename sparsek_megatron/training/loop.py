@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from sparsek_megatron.data.datasets import StepSampler, batches
@@ -49,7 +50,7 @@ class Trainer:
         self.checkpoints = Checkpoints(engine, config, machine, tokenizer_sha256=tokenizer_sha256)
         self._train_set, self._valid_set = train_set, valid_set
         self._mpu = DeepSpeedMpu()
-        self._data_parallel = self._mpu.get_data_parallel_world_size()
+        self._data_parallel = parallel_state.get_data_parallel_world_size()
         self.global_batch = config.global_batch_size or config.micro_batch_size * self._data_parallel
         self._micro_batches = self.global_batch // (config.micro_batch_size * self._data_parallel)
         self._selection = SelectionWatch(config, engine.module)
@@ -61,7 +62,7 @@ class Trainer:
             last_sample=last_step * self.global_batch,
             micro_batch_size=self.config.micro_batch_size,
             global_batch_size=self.global_batch,
-            rank=self._mpu.get_data_parallel_rank(),
+            rank=parallel_state.get_data_parallel_rank(),
             world_size=self._data_parallel,
         )
         return batches(dataset, sampler, num_workers=self.config.num_workers, pin=self.machine.on_gpu)
@@ -73,9 +74,10 @@ class Trainer:
         return token_losses(self.engine, tokens, labels).float().mean()
 
     def _mean_over_ranks(self, loss: torch.Tensor) -> float:
-        if self._data_parallel > 1:
+        sharers = self._mpu.get_data_parallel_world_size()  # context-parallel ranks hold as many tokens each
+        if sharers > 1:
             dist.all_reduce(loss, group=self._mpu.get_data_parallel_group())
-            loss = loss / self._data_parallel
+            loss = loss / sharers
         return loss.item()
 
     def train(self, start: int) -> int:

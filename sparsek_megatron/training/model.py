@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
+from sparsek_megatron.context_parallel import shard_sequence
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.memory.chunked_loss import whole_logits_are_large
@@ -42,6 +44,8 @@ def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerCo
         init_method_std=config.init_method_std,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         sequence_parallel=config.sequence_parallel,
+        context_parallel_size=config.context_parallel_size,
+        cp_comm_type=config.cp_comm_type if config.context_parallel_size > 1 else None,
         use_cpu_initialization=not on_gpu,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -84,7 +88,7 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
 
 def save_memory(model: GPTModel, config: TrainingConfig, vocab_size: int) -> None:
     """Switch on what the settings ask for of `sparsek_megatron.memory`; the loss is chunked where logits are large."""
-    tokens = config.micro_batch_size * config.seq_length
+    tokens = config.micro_batch_size * config.seq_length // config.context_parallel_size
     shard = config.padded_vocab_size(vocab_size) // config.tensor_model_parallel_size
     chunk = config.loss_chunk_tokens
     if chunk or (chunk is None and whole_logits_are_large(tokens=tokens, vocabulary=shard)):
@@ -98,7 +102,13 @@ def save_memory(model: GPTModel, config: TrainingConfig, vocab_size: int) -> Non
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """The training forward: losses [b, s] in nats, or this rank's logits [b, s, vocabulary / TP] without labels.
 
-    tokens, labels: [b, s] int64. No attention mask is passed: SparseK attention is causal by definition.
+    tokens, labels: [b, s] int64, whole sequences. No attention mask is passed: SparseK attention is causal.
+    Under context parallelism the result holds this rank's s / CP tokens.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    cp = parallel_state.get_context_parallel_world_size()
+    if cp > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        tokens, positions = (shard_sequence(x, cp, rank) for x in (tokens, positions))
+        labels = None if labels is None else shard_sequence(labels, cp, rank)
     return model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=labels)

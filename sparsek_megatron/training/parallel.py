@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from sparsek_megatron.context_parallel import check_agreement
 from sparsek_megatron.errors import EXIT_USAGE, RankError, UserError, describe_os_error
 from sparsek_megatron.training.arguments import TrainingConfig
 
@@ -72,12 +73,17 @@ def initialize(config: TrainingConfig) -> Machine:
         store, rank, world_size = dist.HashStore(), 0, 1  # pyright: ignore[reportPrivateImportUsage]
     # A name of its own each time: a process that starts over must not read what its last groups left in the store.
     groups = distributed_c10d.PrefixStore(f"groups_{next(_starts)}", store)
+    try:
+        check_agreement(config, groups, rank, world_size)
+    except ValueError as err:
+        raise UserError(str(err)) from None
     device_id = device if on_gpu else None
     dist.init_process_group(
         backend, timeout=timeout, store=groups, rank=rank, world_size=world_size, device_id=device_id
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     torch.manual_seed(config.seed)

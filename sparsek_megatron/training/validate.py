@@ -109,15 +109,12 @@ def check_parallelism(config: TrainingConfig, world_size: int) -> None:
             f"--pipeline-model-parallel-size {config.pipeline_model_parallel_size}: this trainer runs on DeepSpeed's "
             "engine, which has no pipeline under ZeRO; use 1, or Megatron's own trainer with the layer spec"
         )
-    if config.context_parallel_size != 1:
-        raise UserError(
-            f"--context-parallel-size {config.context_parallel_size}: not supported by this trainer; use 1"
-        )
     if world_size % tp:
         raise UserError(
             f"--tensor-model-parallel-size {tp}: does not divide the {world_size} processes started; "
             f"start a multiple of {tp} processes (--nproc-per-node) or change it"
         )
+    check_context_parallelism(config, world_size)
     for name, count in (
         ("num_attention_heads", config.num_attention_heads), ("num_query_groups", config.query_groups),
         ("ffn_hidden_size", config.mlp_width),
@@ -138,6 +135,29 @@ def check_parallelism(config: TrainingConfig, world_size: int) -> None:
         raise UserError(
             f"--global-batch-size {config.global_batch_size}: not a multiple of --micro-batch-size "
             f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {step}"
+        )
+
+
+def check_context_parallelism(config: TrainingConfig, world_size: int) -> None:
+    """The context-parallel size against the processes, the sequence and, for a2a, the KV heads."""
+    tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
+    if cp < 1 or world_size % (tp * cp):
+        raise UserError(
+            f"--context-parallel-size {cp}: times --tensor-model-parallel-size {tp} it does not divide the "
+            f"{world_size} processes started; start a multiple of {tp * max(cp, 1)} (--nproc-per-node) or change it"
+        )
+    if cp == 1:
+        return
+    unit = 2 * cp * (tp if config.sequence_parallel else 1)
+    if config.seq_length % unit:
+        sharers = f"2 x --context-parallel-size {cp}" + (f" x {tp} for --sequence-parallel" if unit > 2 * cp else "")
+        raise UserError(
+            f"--seq-length {config.seq_length}: not divisible by {sharers}; use {-(-config.seq_length // unit) * unit}"
+        )
+    heads = config.query_groups // tp
+    if config.cp_comm_type == "a2a" and heads % cp:
+        raise UserError(
+            f"--cp-comm-type a2a: {heads} KV heads on a rank do not divide by --context-parallel-size {cp}; use p2p"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from sparsek_megatron.data.datasets import build_datasets, validation_entropy
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.files import lock_folder, require_free_space
+from sparsek_megatron.liveness import Liveness
 from sparsek_megatron.training import checkpoint, parallel
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine
@@ -31,7 +32,7 @@ def run(config: TrainingConfig) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     machine = parallel.initialize(config)
-    with parallel.end_together(machine):
+    with parallel.end_together(machine), Liveness(machine.store, machine.rank, machine.world_size):
         _train(config, machine)
     parallel.shutdown()
 
@@ -103,7 +104,7 @@ def _introduce(
     sequence = " with sequence parallelism" if config.sequence_parallel else ""
     print(
         f"{machine.world_size} x {device}: {backend}, {precision}, TP={tp}{sequence}, "
-        f"DP={config.data_parallel_size(machine.world_size)}, "
+        f"CP={config.context_parallel_size}, DP={config.data_parallel_size(machine.world_size)}, "
         f"ZeRO-{config.zero_stage}, {optimizer}, {own_parameters / 1e6:.2f}M parameters on each rank",
         flush=True,
     )

@@ -16,6 +16,7 @@ WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 STEPS = 20
 SAVED = 10
 TENSOR = ("--tensor-model-parallel-size", "2")
+CONTEXT = ("--context-parallel-size", "2")
 
 
 def run_worker(processes: int, cases: dict) -> dict:
@@ -51,12 +52,13 @@ def results(prepared, folder) -> dict:
 
     done = run_worker(1, {"one": case("one"), "one_again": moved("one_again", "one")})
     two = {f"zero{n}": case(f"zero{n}", *stage(n), resume_at=SAVED) for n in (0, 1, 2, 3)}
-    two |= {"tp": case("tp", *TENSOR), "one_to_dp2": moved("one_to_dp2", "one", *stage(2))}
+    two |= {"tp": case("tp", *TENSOR), "cp": case("cp", *CONTEXT), "one_to_dp2": moved("one_to_dp2", "one", *stage(2))}
     done |= run_worker(2, two)
     parallel = (*TENSOR, "--sequence-parallel")
     four = {f"sp_zero{n}": case(f"sp_zero{n}", *parallel, *stage(n)) for n in (0, 1, 2, 3)}
     four |= {
         "mcore": case("mcore", *parallel, by="mcore"),
+        "sp_cp": case("sp_cp", *parallel, *CONTEXT),
         "sp_again": moved("sp_again", "sp_zero2", *parallel, *stage(2)),
         "one_to_sp": moved("one_to_sp", "one", *parallel, *stage(1)),
     }
@@ -74,6 +76,7 @@ def steps_of(results, layout) -> list[list[float]]:
 
 
 LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "tp", "sp_zero0", "sp_zero1", "sp_zero2", "sp_zero3", "mcore"]
+LAYOUTS += ["cp", "sp_cp"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
