@@ -163,24 +163,20 @@ class StartFromEarlierChunks(torch.autograd.Function):
         place = 0
         for segment in (s for part in exchange.kept for s in part):
             stop = segment.place + segment.rows
-            window[segment.target_slot, :, segment.place : stop] = halo[
-                place : place + segment.rows
-            ].transpose(0, 1)
+            part = halo[place : place + segment.rows]
+            window[segment.target_slot, :, segment.place : stop] = part.transpose(0, 1)
             place += segment.rows
 
         own_pool, own_recent = exchange.own(pool), exchange.own(recent)
-        carried = torch.cat([pool_scores(own_pool), own_recent], dim=-1).transpose(
-            2, 3
-        )  # [own, b, pool + recent, h]
-        carried = carried.masked_fill(carried == float("-inf"), 0).to(scores.dtype)
+        carried = torch.cat([pool_scores(own_pool), own_recent], dim=-1)
+        carried = carried.masked_fill(carried == float("-inf"), 0).to(scores.dtype).transpose(2, 3)
         unread = key.new_zeros((b, sizes.pool - sizes.topk, h, d))
         outputs = [own_pool, own_recent]
         for slot in range(own):
             tokens = slice(slot * sizes.length, (slot + 1) * sizes.length)
             for i, x in enumerate((key, value)):
-                outputs.append(
-                    torch.cat([selected[slot, :, :, i], unread, window[slot, :, :, i], x[:, tokens]], dim=1)
-                )
+                parts = [selected[slot, :, :, i], unread, window[slot, :, :, i], x[:, tokens]]
+                outputs.append(torch.cat(parts, dim=1))
             outputs.append(torch.cat([carried[slot], scores[:, tokens]], dim=1))
         ctx.exchange = exchange
         ctx.save_for_backward(pool)
@@ -196,11 +192,11 @@ class StartFromEarlierChunks(torch.autograd.Function):
         by_slot = [gradients[2 + 3 * slot : 5 + 3 * slot] for slot in range(own)]
         rows = torch.stack([torch.stack([x[:, :first] for x in g[:2]], dim=1) for g in by_slot])
         b, _, _, h, d = rows.shape[1:]  # rows [own, b, 2, pool + recent, h, d]
-        halo = [rows.new_empty((0, b, 2, h, d))]
+        sent = [rows.new_empty((0, b, 2, h, d))]
         for segment in (s for part in exchange.kept for s in part):
             place = sizes.pool + segment.place
-            halo.append(rows[segment.target_slot, :, :, place : place + segment.rows].movedim(2, 0))
-        halo, work = exchange.all_to_all(torch.cat(halo), exchange.kept, exchange.sent)
+            sent.append(rows[segment.target_slot, :, :, place : place + segment.rows].movedim(2, 0))
+        halo, work = exchange.all_to_all(torch.cat(sent), exchange.kept, exchange.sent)
         scores = torch.stack([g[2][:, :first] for g in by_slot])  # [own, b, pool + recent, h]
         scores = exchange.all_gather(scores.transpose(2, 3))
         selected = rows[:, :, :, : sizes.topk].permute(0, 1, 4, 3, 2, 5)  # [own, b, h, topk, 2, d]
