@@ -38,8 +38,7 @@ def _unpack(query: torch.Tensor, key: torch.Tensor, selected: tuple) -> tuple[At
 def _attention(query, key, value, scores, *selected):
     """(out [b, s, hq, d], lse [b, hq, s] fp32 in log2 units) on a selection's tensors."""
     plan, selection = _unpack(query, key, selected)
-    row_scores = scores.transpose(1, 2).contiguous()
-    return attention_forward(plan, query, key, value, row_scores, selection)
+    return attention_forward(plan, query, key, value, scores.transpose(1, 2), selection)
 
 
 def _attention_fake(query, key, value, scores, *_selected):
@@ -100,6 +99,17 @@ torch.library.register_fake("sparsek::attention_backward", _attention_backward_f
 torch.library.register_autograd("sparsek::attention", _backward, setup_context=_save, lib=_LIBRARY)
 
 
+class _EagerAttention(torch.autograd.Function):
+    """The op's autograd without torch.library's: that one looks at every argument once per argument, 0.14 ms a call."""
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.sparsek.attention(*inputs)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+
+
 def _check_supported(query: torch.Tensor, key: torch.Tensor) -> None:
     if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise NotImplementedError(
@@ -123,7 +133,8 @@ def attend_selected(query, key, value, scores, selection, *, gate: str, softmax_
     """The custom op on a finished selection: key, value [b, E, hkv, d], scores [b, E, hkv] of its E keys."""
     _check_supported(query, key)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return torch.ops.sparsek.attention(
+    attention = torch.ops.sparsek.attention if torch.compiler.is_compiling() else _EagerAttention.apply
+    return attention(
         query,
         key,
         value,
