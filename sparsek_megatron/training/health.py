@@ -88,8 +88,9 @@ class SelectionWatch:
     def collect(self, device: torch.device) -> SelectionHealth:
         """What the scores kept since `arm` tell, over all ranks. A collective."""
         counts = torch.zeros(5, dtype=torch.float64, device=device)
+        group: Any = parallel_state.get_context_parallel_group()
         for scores in self._scores:
-            scores = gather_sequence(scores, parallel_state.get_context_parallel_group())
+            scores = gather_sequence(scores, group)
             counts += selection_counts(scores, **self._settings)
         self._scores.clear()
         dist.all_reduce(counts)

@@ -9,6 +9,10 @@ import torch
 from megatron.core import tensor_parallel
 
 
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
 def rng_states(*, on_gpu: bool) -> dict[str, Any]:
     """States of Python's, NumPy's, torch's and mcore's generators."""
     version, keys, gauss = random.getstate()
@@ -17,7 +21,7 @@ def rng_states(*, on_gpu: bool) -> dict[str, Any]:
         "python": (version, list(keys), gauss),
         "numpy": (name, torch.from_numpy(np.asarray(numbers).copy()), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
     if on_gpu:
         states["cuda"] = torch.cuda.get_rng_state()
@@ -31,6 +35,6 @@ def restore_rng(states: dict[str, Any], *, on_gpu: bool) -> None:
     name, numbers, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, numbers.numpy(), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    _tracker().set_states(states["tracker"])
     if on_gpu:
         torch.cuda.set_rng_state(states["cuda"])

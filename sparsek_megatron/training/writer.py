@@ -136,6 +136,9 @@ class CheckpointWriter:
                 if "error" in told:
                     raise UserError(told["error"])
                 records |= {name: FileRecord(**record) for name, record in told["files"].items()}
+            absent = [name for name in records if not (folder / name).is_file()]
+            if absent:
+                raise UserError(f"{absent[0]} is not there: --save must be on a file system that all nodes share")
             for path in folder.iterdir():  # what DeepSpeed adds of its own accord
                 if path.name not in records:
                     fsync_path(path)
@@ -170,7 +173,7 @@ def _write(path: Path, state: Any) -> FileRecord:
         OSError: it cannot be written, or what is on the disk is not what was written.
     """
     with open(path, "wb") as stream:
-        hashing = _HashingStream(stream)
+        hashing: Any = _HashingStream(stream)
         torch.save(state, hashing)
         stream.flush()
         os.fsync(stream.fileno())

@@ -15,9 +15,10 @@ from programs import REPOSITORY, Prepared, environment, kill_all
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import read_metrics
 from sparsek_megatron.training.run_folder import NAME, checkpoint_name, newest_complete
+from sparsek_megatron.training.watchdog import EXIT_HANG
 
 LAYOUT = "--nproc-per-node 2 --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1"
-LONGEST_SECONDS = 300
+LONGEST_SECONDS = 900
 
 
 class Violation(AssertionError):
@@ -32,7 +33,8 @@ def require(condition: object, what: str, evidence: str = "") -> None:
 
 def flags(prepared: Prepared, save: Path, *, steps: int, save_interval: int, layout: str = LAYOUT) -> list[str]:
     """The run of a campaign: a tiny model, a validation now and then, three checkpoints kept."""
-    own = f"--train-iters {steps} --save-interval {save_interval} --eval-interval 50 --eval-iters 1 --keep-last-n 3"
+    own = f"--train-iters {steps} --save-interval {save_interval} --eval-interval 50 --eval-iters 1 --keep-last-n 3 "
+    own += "--log-interval 50"
     return [*prepared.flags(save), "--load", str(save), *layout.split(), *own.split()]
 
 
@@ -112,7 +114,7 @@ class Campaign:
             time.sleep(self.random.uniform(0.0, 12.0))
             return process.poll() is None
         begun = self.last_logged()
-        enough = begun + self.random.randint(1, 3 * self.save_interval)
+        enough = begun + self.random.randint(1, 2 * self.save_interval)
         present = set(self.save.glob("step_*"))
         while process.poll() is None:
             require(time.monotonic() < deadline, f"hang: no {kind} within {LONGEST_SECONDS} s")
@@ -176,6 +178,27 @@ class Campaign:
         if expected != int(names[-1][5:]) or kind == "damaged latest":
             require("it is passed over" in said, f"a {kind} of {file.name} was not named", said)
         self.tally[f"damage: {kind}"] += 1
+        self.check(said)
+
+    def hang(self, timeout: float = 6.0) -> None:
+        """A life in which rank 1 stops making progress: the watchdog must name it and end the run in time."""
+        step = self.good + 4
+        log = self.folder / "hangs.log"
+        arguments = flags(self.prepared, self.save, steps=self.steps, save_interval=self.save_interval)
+        fault = f"hang@1:{step}:{step}"
+        process = start([*arguments, "--hang-timeout-seconds", str(timeout)], log, fault=fault)
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while self.last_logged() < step - 1:
+            alive = time.monotonic() < deadline and process.poll() is None
+            require(alive, f"the run did not get to step {step - 1}", log.read_text())
+            time.sleep(0.05)
+        begun = time.monotonic()
+        said = wait(process, log, seconds=timeout + 90)
+        # The launcher gives the other rank up to half a minute to end.
+        require(time.monotonic() - begun < timeout + 60, "the watchdog took too long", said)
+        require(process.returncode == 1 and "no progress for" in said, "a hanging rank was not named", said)
+        require(f"exit code {EXIT_HANG}" in said and f"in step {step}" in said, "the watchdog did not say where", said)
+        self.tally["hanging rank: ended by the watchdog"] += 1
         self.check(said)
 
     def finish(self) -> None:

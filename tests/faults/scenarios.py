@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults other than a kill: a full disk, a rank that hangs, a rank whose loss is not a number."""
+"""Faults with runs of their own: a full disk, and a rank whose loss is not a number."""
 
 import contextlib
 import os
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from lives import LAYOUT, flags, records, require, start, wait
 from programs import Prepared
-
-from sparsek_megatron.training.watchdog import EXIT_HANG
 
 STEPS = 12
 INTERVAL = 3
@@ -74,30 +71,6 @@ def full_disk(prepared: Prepared, folder: Path, tally: Counter) -> None:
         said = wait(process, log)
         require(process.returncode == 0 and records(save) == wanted, "the run did not go on bitwise", said)
     tally["full disk: named, nothing lost, resumed bitwise"] += 1
-
-
-def hanging_rank(prepared: Prepared, folder: Path, tally: Counter) -> None:
-    """One rank stops making progress: the watchdog ends the run within its timeout, and it resumes."""
-    timeout = 6.0
-    wanted = straight(prepared, folder, LAYOUT)
-    save, log = folder / "hangs", folder / "hangs.log"
-    arguments = flags(prepared, save, steps=STEPS, save_interval=INTERVAL)
-    process = start([*arguments, "--hang-timeout-seconds", str(timeout)], log, fault="hang@1:8:8")
-    deadline = time.monotonic() + 120
-    while not any(record["step"] == 7 for record in records(save)):
-        lives = time.monotonic() < deadline and process.poll() is None
-        require(lives, "the run did not get to step 7", log.read_text())
-        time.sleep(0.05)
-    begun = time.monotonic()
-    said = wait(process, log, seconds=90)
-    # The launcher gives the other rank up to half a minute to end.
-    require(time.monotonic() - begun < timeout + 45, "the watchdog took too long", said)
-    require(process.returncode == 1 and "no progress for" in said, "a hanging rank was not named", said)
-    require(f"exit code {EXIT_HANG}" in said and "step 8" in said, "the watchdog did not say where", said)
-    process = start(arguments, log)
-    said = wait(process, log)
-    require(process.returncode == 0 and records(save) == wanted, "the run did not go on bitwise", said)
-    tally["hanging rank: ended by the watchdog, resumed bitwise"] += 1
 
 
 def nan_rank(prepared: Prepared, folder: Path, tally: Counter) -> None:

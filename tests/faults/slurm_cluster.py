@@ -92,7 +92,13 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.3)
         yield settings
     finally:
-        subprocess.run(["scancel", "--state=RUNNING"], env=settings, check=False, capture_output=True)
+        deadline = time.monotonic() + 30  # a job must not outlive its daemons
+        while time.monotonic() < deadline:
+            if not subprocess.run(["squeue", "-h"], env=settings, capture_output=True).stdout:
+                break
+            for options in (["--full", "--signal=KILL"], []):
+                subprocess.run(["scancel", *options, "--user=root"], env=settings, capture_output=True)
+            time.sleep(0.5)
         for process in reversed(running):
             process.terminate()
         for process in running:

@@ -18,9 +18,9 @@ from sparsek_megatron.training.report import read_metrics
 
 pytestmark = pytest.mark.slow
 
-STEPS = 150
+STEPS = 80
 LAYOUT = "--tensor-model-parallel-size 2 --sequence-parallel"
-LONGEST_SECONDS = 200
+LONGEST_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
