@@ -264,7 +264,12 @@ class SparseKSelfAttention(SelfAttention):
         causal.
         """
         context = inference_context if inference_context is not None else inference_params
-        refuse.check_inference(context, training=self.training, packed=packed_seq_params is not None)
+        refuse.check_inference(
+            context,
+            training=self.training,
+            packed=packed_seq_params is not None,
+            context_parallel_size=self.config.context_parallel_size,
+        )
         refuse.check_attention_mask(attention_mask, continued=context is not None)
         if attention_bias is not None:
             raise NotImplementedError("attention_bias: not supported; use RoPE for relative positions")

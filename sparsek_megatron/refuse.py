@@ -194,7 +194,9 @@ def check_attention_mask(mask: Tensor | None, *, continued: bool = False) -> Non
     _last_causal_mask = (weakref.ref(mask), mask._version)
 
 
-def check_inference(inference_context: object | None, *, training: bool, packed: bool) -> None:
+def check_inference(
+    inference_context: object | None, *, training: bool, packed: bool, context_parallel_size: int = 1
+) -> None:
     """Refuse an inference context other than a static one, and one in a call that is not generation."""
     if inference_context is None:
         return
@@ -206,6 +208,11 @@ def check_inference(inference_context: object | None, *, training: bool, packed:
         )
     if training:
         raise NotImplementedError("inference_context with a model in training mode: call model.eval() first")
+    if context_parallel_size > 1:
+        raise NotImplementedError(
+            f"inference_context with --context-parallel-size {context_parallel_size}: every cache would hold other "
+            "tokens; generate with context_parallel_size=1, whose memory does not grow with the context"
+        )
     if packed:
         raise NotImplementedError(
             "packed_seq_params with an inference_context: give each sequence a row of the batch"

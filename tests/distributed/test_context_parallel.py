@@ -7,8 +7,10 @@ import threading
 
 import pytest
 import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
 
 from sparsek_megatron.context_parallel import LAYOUTS, check_agreement, shard_positions
+from sparsek_megatron.refuse import check_inference
 
 
 @pytest.mark.parametrize("cp", [2, 4])
@@ -48,6 +50,12 @@ def test_lengths_and_methods_that_do_not_fit_are_named(launched) -> None:
     assert "sequence of 10 tokens" in said["packed"]
     assert "--cp-comm-type all_gather: use p2p" in said["method"]
     assert "1 KV heads on this tensor-parallel rank do not divide" in said["heads"]
+
+
+def test_generation_under_context_parallelism_is_refused() -> None:
+    context = StaticInferenceContext(1, 64)
+    with pytest.raises(NotImplementedError, match="inference_context with --context-parallel-size 2"):
+        check_inference(context, training=False, packed=False, context_parallel_size=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
