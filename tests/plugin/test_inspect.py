@@ -136,20 +136,21 @@ def test_a_browser_highlights_what_the_last_or_another_query_attends_to(
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", dom), "nothing is loaded from elsewhere"
 
 
+def alone() -> dict[str, str]:
+    """The environment of a program on CPU that no launcher started."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint of a few steps on this repository's own sources."""
     folder = tmp_path_factory.mktemp("inspect")
 
     def start(script: str, *arguments: str) -> None:
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        }
-        environment = kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(REPOSITORY / "examples" / script), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 
     start(
@@ -176,11 +177,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sparsek_megatron.inspect", *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY
-    )
+    return subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
 
 
 def test_a_trained_checkpoint_gives_a_page_a_picture_and_numbers(run: Path, tmp_path: Path) -> None:
