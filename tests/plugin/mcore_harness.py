@@ -165,7 +165,7 @@ def randomise(model: torch.nn.Module, seed: int = 11) -> None:
     for _, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 1:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data += (0.3 * noise).to(parameter.dtype)
+            parameter.data += (0.3 * noise).to(parameter)
 
 
 def _split_sizes(name: str, parameter: torch.nn.Parameter) -> tuple[int | None, int]:
