@@ -17,6 +17,7 @@ from training_benchmark.shapes import Shape
 from sparsek_megatron import SparseKConfig
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
+from sparsek_megatron.rope import use_fused_rope
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.model import transformer_config
 from sparsek_megatron.training.parallel import Machine
@@ -29,6 +30,7 @@ class Options:
     recompute: str | None = None
     recompute_layers: int | None = None  # the first ones alone; None recomputes every layer
     fusions: bool = True
+    apply_rope_fusion: bool = False
     chunked_loss: bool = True
     cpu_offloading_num_layers: int = 0
     mlp_tile_tokens: int | None = None
@@ -37,6 +39,7 @@ class Options:
         which = "" if self.recompute_layers is None else f" of {self.recompute_layers} layers"
         words = [f"recompute {self.recompute}{which}"] if self.recompute else []
         words += [] if self.fusions else ["no fusions"]
+        words += ["fused RoPE"] if self.apply_rope_fusion else []
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
         words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens else []
@@ -84,6 +87,8 @@ def build(
     megatron = transformer_config(config, on_gpu=machine.on_gpu)
     if options.fusions and machine.on_gpu:
         megatron.bias_activation_fusion = megatron.bias_dropout_fusion = True
+    if options.apply_rope_fusion and machine.on_gpu:
+        use_fused_rope(megatron)
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=block_spec(arm, megatron, sparsek),
