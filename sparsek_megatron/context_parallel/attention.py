@@ -112,7 +112,8 @@ def _attend(
     exchange = Exchange(group, plan, Sizes(chunks=plan.chunks, length=length, **settings))
     keys, recent, *extended = StartFromEarlierChunks.apply(key, value, scores, exchange)  # pyright: ignore
     outputs = []
-    for slot, chunk in enumerate(exchange.owned):
+    # split, since the gradient of slices would write whole tensors of zeros.
+    for slot, (chunk, own) in enumerate(zip(exchange.owned, query.split(length, dim=1), strict=True)):
         state = SelectionState(
             length=chunk * length,
             pool_scores=pool_scores(keys[slot]),
@@ -120,7 +121,6 @@ def _attend(
             recent_scores=recent[slot],
             threshold=keys.new_full(keys.shape[1:3], float("-inf"), dtype=torch.float64),  # not read
         )
-        own = query[:, slot * length : (slot + 1) * length]
         seen_keys, seen_values, seen_scores = extended[3 * slot : 3 * slot + 3]
         outputs.append(
             attend_extended(own, seen_keys, seen_values, seen_scores, state, **settings, **options)
