@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from sparsek_kernels import select, sparsek
 from sparsek_kernels.selection import score_gradient
+from timing import captured, host_ms, median_ms, peak_bytes
 
 SHAPES = ("iid", "drifting", "rising", "falling", "equal", "adversarial")
 HEADS = 8
@@ -45,46 +44,9 @@ def make_scores(shape: str, n: int, pool: int) -> torch.Tensor:
     }[shape]().contiguous()
 
 
-def graph_time(call: Callable[[], object], replays: int) -> float:
-    """Median milliseconds of a captured call."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for replay in range(replays + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if replay >= 2:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Peak of memory allocated by one call, results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
-
-
-def host_time(call: Callable[[], object], calls: int = 50) -> float:
-    """Milliseconds the host needs to launch one call."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / calls * 1e3
+def graph_ms(call: Callable[[], object], replays: int) -> float:
+    """Median milliseconds of replays of a captured call, its inputs where the call before left them."""
+    return median_ms(captured(call), budget_ms=0, least=replays, flush=False)
 
 
 def main() -> None:
@@ -100,44 +62,39 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
 
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {HEADS} KV heads, window 512, pool 4 * topk\n"
+        f"{'tokens':>9} {'topk':>5} {'stride':>6} "
+        + " ".join(f"{shape:>11}" for shape in SHAPES)
+        + "  bytes budget",
+        flush=True,
+    )
     rows = []
     for n, topk, stride in itertools.product(arguments.tokens, arguments.topk, arguments.strides):
+        text, largest, budget = f"{n:9d} {topk:5d} {stride:6d}", 0.0, 64 + 4 * topk / 64
         for shape in SHAPES:
             scores = make_scores(shape, n, 4 * topk)
 
             def call(scores=scores, topk=topk, stride=stride):
                 return select(scores, topk=topk, window=512, stride=stride)
 
-            milliseconds = graph_time(call, arguments.replays)
+            milliseconds = graph_ms(call, arguments.replays)
             per_token = peak_bytes(call) / (n * HEADS)
+            text, largest = f"{text} {milliseconds:11.3f}", max(largest, per_token)
             rows.append({"tokens": n, "topk": topk, "stride": stride, "scores": shape, "ms": milliseconds})
-            rows[-1]["bytes_per_token_and_head"] = per_token
-            rows[-1]["bytes_budget"] = 64 + 4 * topk / 64
+            rows[-1].update(bytes_per_token_and_head=per_token, bytes_budget=budget)
+        print(f"{text}  {largest:5.1f} {budget:6.1f}", flush=True)
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {HEADS} KV heads, window 512, pool 4 * topk"
-    )
-    print(
-        f"{'tokens':>9} {'topk':>5} {'stride':>6} "
-        + " ".join(f"{shape:>11}" for shape in SHAPES)
-        + "  bytes budget"
-    )
-    for key, group in itertools.groupby(rows, key=lambda row: (row["tokens"], row["topk"], row["stride"])):
-        group = list(group)
-        largest = max(row["bytes_per_token_and_head"] for row in group)
-        times = " ".join(f"{row['ms']:11.3f}" for row in group)
-        print(f"{key[0]:9d} {key[1]:5d} {key[2]:6d} {times}  {largest:5.1f} {group[0]['bytes_budget']:6.1f}")
     for n, stride in ((8_192, 64), (131_072, 64), (131_072, 1)):
         scores = make_scores("iid", n, 2_048)
         selection = select(scores, topk=512, window=512, stride=stride)
         sums = torch.randn(2, 1, HEADS, n, device="cuda")
-        backward = graph_time(lambda selection=selection, sums=sums: score_gradient(selection, *sums), 20)
-        host = host_time(
+        backward = graph_ms(lambda selection=selection, sums=sums: score_gradient(selection, *sums), 20)
+        host = host_ms(
             lambda scores=scores, stride=stride: select(scores, topk=512, window=512, stride=stride)
         )
         print(
@@ -145,7 +102,7 @@ def main() -> None:
         )
     for count, n in ((1_024, 4_096), (132, 65_536)):
         z = torch.randn(count, n, device="cuda")
-        print(f"sparsek, {count} rows of {n}, k = 512: {graph_time(lambda z=z: sparsek(z, 512), 20):.3f} ms")
+        print(f"sparsek, {count} rows of {n}, k = 512: {graph_ms(lambda z=z: sparsek(z, 512), 20):.3f} ms")
 
 
 if __name__ == "__main__":
