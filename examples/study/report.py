@@ -137,6 +137,15 @@ def write(table: Table, folder: Path, seeds: list[int]) -> str:
     for length in sorted({r.values["length"] for r in results}):
         losses = _curves(results, length, "loss_by_position")
         _plot(folder / f"loss_by_position_{length}.png", losses, table.title, "position", "nats per token")
+        if "dense" in losses and len(losses) > 1:
+            _, dense = losses["dense"]
+            gaps = {
+                arm: (places, [a - b for a, b in zip(values, dense, strict=True)])
+                for arm, (places, values) in losses.items()
+                if arm != "dense"
+            }
+            path = folder / f"loss_above_dense_{length}.png"
+            _plot(path, gaps, f"{table.title}: above dense", "position", "nats per token")
         accuracy = _curves(results, length, "accuracy_by_distance")
         if accuracy:
             path = folder / f"accuracy_by_distance_{length}.png"

@@ -122,6 +122,7 @@ def test_a_table_runs_and_continues(
         assert "| dense -> SparseK | 1 | 1 |" in printed
     assert "done" not in printed, "both runs were finished"
     folder = tmp_path / "from_dense-genome-micro"
-    for name in ("results.csv", "table.md", "hashes.txt", "loss_by_position_256.png"):
+    pictures = ("loss_by_position_256.png", "loss_above_dense_256.png")
+    for name in ("results.csv", "table.md", "hashes.txt", *pictures):
         assert (folder / name).stat().st_size > 0
     assert len((folder / "results.csv").read_text().splitlines()) == 3
