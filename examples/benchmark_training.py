@@ -245,7 +245,7 @@ class Benchmark:
     def print_slowest(self, row: Any) -> None:
         for part, kernels in (row.split.slowest if row.split and self.args.slowest else {}).items():
             for name, milliseconds in kernels.most_common(self.args.slowest):
-                print(f"      {part:<13} {milliseconds:9.2f} ms  {name[:100]}", flush=True)
+                print(f"      {part:<13} {milliseconds:9.2f} ms  {name[:160]}", flush=True)
 
 
 if __name__ == "__main__":

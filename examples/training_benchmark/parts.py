@@ -48,6 +48,7 @@ _RANGES = (
     ("norm", r"^part:norm|(Rms|Layer)_?Norm\w*Backward"),
     ("optimizer", r"^part:optimizer"),
 )
+_NODE = "autograd::engine::evaluate_function: "
 _WAITS = re.compile(r"^cu(da)?(Stream|Device|Event|Ctx)Synchronize")
 _ALLOCATIONS = re.compile(r"^cuda(Malloc|Free)(Async)?$|^cudaHostAlloc|^cuMem(Create|Map)")
 
@@ -152,9 +153,11 @@ def split_trace(events: list[dict[str, Any]]) -> Split:
     for event in complete:
         category, name = event.get("cat", ""), event["name"]
         if category in ("kernel", "gpu_memcpy", "gpu_memset"):
-            part = part_of_kernel(name, around.get(event["args"].get("correlation"), ()))
+            launched_in = around.get(event["args"].get("correlation"), ())
+            part = part_of_kernel(name, launched_in)
             result.parts[part] += event["dur"] / 1e3
-            result.slowest.setdefault(part, Counter())[name] += event["dur"] / 1e3
+            where = " < ".join(each.removeprefix(_NODE) for each in launched_in[:4])
+            result.slowest.setdefault(part, Counter())[f"{_plain(name)} [{where}]"] += event["dur"] / 1e3
             result.kernels += category == "kernel"
             spans.append((event["ts"], event["ts"] + event["dur"]))
         elif category in ("cuda_runtime", "cuda_driver") and began <= event["ts"] < ended:
@@ -196,6 +199,12 @@ def _operations_around_launches(events: list[dict[str, Any]]) -> dict[int, tuple
             elif "correlation" in event.get("args", {}):
                 found[event["args"]["correlation"]] = tuple(name for _, name in reversed(stack))
     return found
+
+
+def _plain(kernel: str) -> str:
+    """A kernel's name without the templates that all of torch's elementwise kernels share."""
+    inner = re.search(r"(\w+)(Functor|_kernel_cuda|CUDAKernel\w*)", kernel)
+    return inner.group(0) if kernel.startswith("void at::native") and inner else kernel[:60]
 
 
 def _phase(phases: list[dict[str, Any]], when: float) -> str:
