@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start this machine's processes through torchrun's own agent, and hand their exit code on without its noise."""
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 from sparsek_megatron.errors import EXIT_USAGE, UserError
 
@@ -27,11 +31,20 @@ def processes_to_start(processes: int | None) -> int:
     return processes
 
 
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Send a signal on to the processes that this one has started."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for child in listed.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
+
+
 def launch(program: str, argv: Sequence[str], processes: int) -> None:
     """Run `program` with `argv` in `processes` processes, as `torchrun --standalone --nproc-per-node` would.
 
-    Each process gets its share of the cores in OMP_NUM_THREADS. Exits with the first failing process's code; a
-    process that ended with a one-line report of a user's error needs no more said about it.
+    Each process gets its share of the cores in OMP_NUM_THREADS. SIGUSR1, which ends a run after a checkpoint, is passed
+    on to them. Exits with the first failing process's code; a process that ended with a one-line report of a user's
+    error needs no more said about it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,6 +56,7 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
     arguments = parse_args([f"--nproc-per-node={processes}", *rendezvous, program, *argv])
     config, command, command_arguments = config_from_args(arguments)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except SignalException as err:

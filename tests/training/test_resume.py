@@ -4,11 +4,12 @@
 import json
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from programs import Prepared, kill_all, run, start
+from programs import Prepared, finish, kill_all, run, start
 
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import read_metrics
@@ -25,11 +26,19 @@ def trajectory(save: Path) -> list[dict]:
     return read_metrics(save)
 
 
+def wait_for_step(save: Path, step: int, process) -> None:
+    """Until the run has logged that step."""
+    deadline = time.monotonic() + 200
+    while not any(r["step"] >= step for r in read_metrics(save)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory) -> Path:
     save = tmp_path_factory.mktemp("uninterrupted")
     said = train(prepared, save)
-    assert "2 x CPU: gloo, torch kernels, fp32, TP=2 with sequence parallelism, DP=1, ZeRO-1" in said
+    assert "2 x CPU: gloo, torch kernels, fp32, TP=2 with sequence parallelism, CP=1, DP=1, ZeRO-1" in said
     assert "step 8: validation loss" in said and "unigram entropy" in said and "tokens/s" in said
     return save
 
@@ -49,11 +58,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(prepared, uninterrupted, tmp_path):
     save = tmp_path / "killed"
     process = start("pretrain_gpt.py", *prepared.flags(save), "--load", str(save), *PARALLEL)
-    deadline = time.monotonic() + 200
-    # Past the checkpoint of step 3, so that logged steps must be taken again.
-    while not any(r["step"] >= 4 for r in read_metrics(save)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.002)
+    wait_for_step(save, 4, process)  # past the checkpoint of step 3: logged steps must be taken again
     kill_all(process)
     assert (save / "latest").read_text() in ("step_00000003", "step_00000006")
     # What a kill inside the writing of a checkpoint leaves.
@@ -65,6 +70,18 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(prepared, uninterr
     assert "resuming" in said
     assert trajectory(save) == trajectory(uninterrupted)
     assert not list(save.glob(".partial*"))
+
+
+def test_a_signal_ends_the_run_after_a_checkpoint(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "stopped"
+    process = start("pretrain_gpt.py", *prepared.flags(save), "--load", str(save), *PARALLEL)
+    wait_for_step(save, 1, process)
+    process.send_signal(signal.SIGUSR1)
+    said = finish(process)
+    stopped = int((save / "latest").read_text()[5:])
+    assert f"stopped by SIGUSR1 after step {stopped}" in said and stopped < 8, said
+    assert f"from step {stopped}" in train(prepared, save)
+    assert [r for r in trajectory(save) if "loss" in r] == [r for r in trajectory(uninterrupted) if "loss" in r]
 
 
 def copy_at(uninterrupted: Path, folder: Path, step: int) -> Path:
