@@ -58,13 +58,10 @@ def _offer(
 
     old_place = tl.load(place + entry, mask=entry < TOPK, other=0)
     shift = entry * 0
-    for s in range(CHUNK):
-        j = first + base + s
-        v = tl.load(
-            score + TOPK + (j + RING) % RING, mask=(base + s < STRIDE) & (j >= 0), other=float("-inf")
-        )
-        if v > worst:
-            shift += (v > z).to(tl.int32)
+    for best in range(
+        tl.sum((u > worst).to(tl.int32), 0)
+    ):  # newcomers above the worst of the pool, best first
+        shift += (tl.max(tl.where(among == best, u, float("-inf")), 0) > z).to(tl.int32)
     tl.debug_barrier()
     tl.store(pool + entry + shift, z, mask=entry + shift < POOL)
     tl.store(pool + rank, u, mask=ok & (rank < POOL))
