@@ -239,7 +239,8 @@ class Benchmark:
                 row.split = profile_step(lambda: trainer.step(*batch), model, keep)
 
         if args.waits and machine.on_gpu:
-            for place, count in places_of_waits(lambda: trainer.step(*batch)).most_common():
+            places = places_of_waits(lambda: trainer.step(*batch))  # every rank takes the step
+            for place, count in places.most_common() if self.first else ():
                 print(f"      wait x{count}: {place}", flush=True)
 
     def print_slowest(self, row: Any) -> None:
