@@ -10,13 +10,15 @@ import time
 
 import torch.distributed as dist
 
+from sparsek_megatron import liveness
 from sparsek_megatron.liveness import EXIT_RANK_DIED
 
+# The module alone: importing the package would take the ranks several seconds more.
 PROGRAM = """
-import sys, time
+import runpy, sys, time
 import torch.distributed as dist
-from sparsek_megatron.liveness import Liveness
-port, rank, ranks, timeout, seconds = (float(x) for x in sys.argv[1:])
+Liveness = runpy.run_path(sys.argv[1])["Liveness"]
+port, rank, ranks, timeout, seconds = (float(x) for x in sys.argv[2:])
 store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
 with Liveness(dist.PrefixStore("run", store), int(rank), int(ranks), timeout_seconds=timeout):
     print("ready", flush=True)
@@ -28,7 +30,7 @@ def start(store: dist.TCPStore, lifetimes: list[float], timeout: float) -> list[
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", PROGRAM]
-            + [str(x) for x in (store.port, rank, len(lifetimes), timeout, seconds)],
+            + [str(x) for x in (liveness.__file__, store.port, rank, len(lifetimes), timeout, seconds)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
