@@ -4,6 +4,7 @@
 import contextlib
 import os
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +12,19 @@ from pathlib import Path
 from lives import LAYOUT, flags, records, require, start, wait
 from programs import Prepared
 
+from sparsek_megatron.training.manifest import check_contents, check_sizes
+from sparsek_megatron.training.run_folder import checkpoint_name
+
 STEPS = 12
 INTERVAL = 3
 DATA_PARALLEL = "--nproc-per-node 2 --zero-stage 1 --global-batch-size 4"
 
 
-def straight(prepared: Prepared, folder: Path, layout: str) -> list[dict]:
+def straight(prepared: Prepared, folder: Path, layout: str, *, steps: int = STEPS) -> list[dict]:
     """Records of the uninterrupted run."""
     save, log = folder / "straight", folder / "straight.log"
-    said = wait(start(flags(prepared, save, steps=STEPS, save_interval=INTERVAL, layout=layout), log), log)
-    require(len(records(save)) > STEPS, "the uninterrupted run failed", said)
+    said = wait(start(flags(prepared, save, steps=steps, save_interval=INTERVAL, layout=layout), log), log)
+    require(len(records(save)) > steps, "the uninterrupted run failed", said)
     return records(save)
 
 
@@ -43,29 +47,36 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
 
 
 def full_disk(prepared: Prepared, folder: Path, tally: Counter) -> None:
-    """The disk fills up under a checkpoint: it is named, the last good one stays, and with room the run goes on."""
-    wanted = straight(prepared, folder, LAYOUT)
+    """The disk fills up under a run: it is named, the last good checkpoint stays, and with room the run goes on."""
+    steps, interval = 36, 12
+    wanted = straight(prepared, folder, LAYOUT, steps=steps)
     disk = folder / "disk"
     with small_disk(disk, 64) as mounted:
         if not mounted:
             tally["full disk: not tried, mounting a tmpfs is not permitted here"] += 1
             return
         save, log = disk / "run", folder / "full.log"
-        arguments = flags(prepared, save, steps=STEPS, save_interval=INTERVAL)
-        process = start([*arguments, "--exit-interval", str(INTERVAL)], log)
+        arguments = flags(prepared, save, steps=steps, save_interval=interval)
+        process = start([*arguments, "--exit-interval", str(interval)], log)
         said = wait(process, log)
         require(process.returncode == 0, "the run before the disk is full failed", said)
+        checkpoint = sum(path.stat().st_size for path in (save / f"step_{interval:08d}").iterdir())
+        process = start(arguments, log)
+        # It looks for free space when it starts: the disk fills up after that.
+        while not records(save, after=interval):
+            require(process.poll() is None, "the resumed run failed", log.read_text())
+            time.sleep(0.002)
         usage = os.statvfs(disk)
-        checkpoint = sum(path.stat().st_size for path in (save / f"step_{INTERVAL:08d}").iterdir())
-        # Room for everything but half of the next checkpoint.
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(usage.f_bavail * usage.f_frsize - checkpoint // 2))
-        process = start(arguments, log)
         said = wait(process, log)
         require(process.returncode == 2, f"exit code {process.returncode} on a full disk", said)
         errors = [line for line in said.splitlines() if line.startswith("error:")]
-        require(len(errors) == 1 and "No space left" in errors[0] + said, "a full disk was not named in one line", said)
-        require(in_force(save) == INTERVAL, "the last good checkpoint is not in force", said)
+        # The checkpoint or, once that has taken the last byte, the log.
+        require(len(errors) == 1 and "No space left on device" in errors[0], "not named in one line", said)
+        good = save / checkpoint_name(in_force(save))
+        problem = check_sizes(good) or check_contents(good)
+        require(problem is None, f"the checkpoint in force is damaged: {problem}", said)
         ballast.unlink()
         process = start(arguments, log)
         said = wait(process, log)
