@@ -21,6 +21,8 @@ from corpus import prepare_corpus
 from lives import Campaign, Violation
 from scenarios import full_disk, nan_rank
 
+from sparsek_megatron.training.run_folder import candidates
+
 DAMAGES = ("bit flip", "truncation", "missing file", "damaged latest")
 STEPS_PER_LIFE = 5  # at most: the run must not end before its lives do
 
@@ -68,7 +70,7 @@ def kill_campaign(args: argparse.Namespace, prepared, root: Path, tally: Counter
         campaign.live_and_die(number)
         where = f"at step {campaign.last_logged()}, checkpoint {campaign.good}"
         print(f"kill {number} of {args.kills}: {where}", flush=True)
-        enough = len(list(campaign.save.glob("step_*"))) >= 2
+        enough = len(candidates(campaign.save)[0]) >= 2
         if args.damage_every and number % args.damage_every == 0 and enough:
             kind = DAMAGES[done % len(DAMAGES)]
             done += 1
