@@ -4,7 +4,7 @@
 import pytest
 import static_engine
 import torch
-from mcore_harness import batch, build_gpt, parallel, start_process_group, tiny_config
+from mcore_harness import batch, build_gpt, parallel, tiny_config
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
@@ -14,8 +14,10 @@ LENGTH = 90
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process():
-    start_process_group()
+def one_process(request):
+    if torch.cuda.is_available():
+        pytest.skip("CPU test: test_gpu_inference.py is for GPUs")
+    request.getfixturevalue("_process_group")
     with parallel(), torch.no_grad():
         yield
 

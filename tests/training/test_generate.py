@@ -8,9 +8,12 @@ import shutil
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from programs import run
 from sparsek_kernels import select
 
+from sparsek_megatron.cpu import enable_cpu
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.inference_model import ModelDecoder
@@ -35,8 +38,19 @@ def config(prepared, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def machine(config):
+    """Megatron's groups over this process alone; on top of the process group that other tests may have left."""
+    if torch.cuda.is_available():
+        pytest.skip("these models are built on the CPU; tests/plugin/test_gpu_inference.py is for GPUs")
+    if torch.distributed.is_initialized():
+        enable_cpu()
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(config.seed)
+        yield
+        parallel_state.destroy_model_parallel()
+        return
     before = dict(os.environ)
-    yield parallel.initialize(config)
+    parallel.initialize(config)
+    yield
     parallel.shutdown()
     os.environ.clear()
     os.environ.update(before)
