@@ -85,8 +85,8 @@ def build(
 ) -> GPTModel:
     """A model with random weights, on this rank's device."""
     megatron = transformer_config(config, on_gpu=machine.on_gpu)
-    if options.fusions and machine.on_gpu:
-        megatron.bias_activation_fusion = megatron.bias_dropout_fusion = True
+    if not options.fusions:
+        megatron.bias_activation_fusion = megatron.bias_dropout_fusion = False
     if options.apply_rope_fusion and machine.on_gpu:
         use_fused_rope(megatron)
     model = GPTModel(

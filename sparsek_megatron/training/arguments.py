@@ -64,6 +64,7 @@ class TrainingConfig:
         None, 'JSON file of further DeepSpeed settings; "auto" is filled from this run', kind=str
     )
     bf16: bool | None = _setting(None, "bfloat16 weights; default on GPU, float32 on CPU", kind=bool)
+    apply_rope_fusion: bool = _setting(False, "rotary embedding in one kernel: Transformer Engine's, or a compiled one")
     recompute_granularity: str | None = _setting(
         None, "recompute activations in backward", kind=str, choices=("full", "selective")
     )

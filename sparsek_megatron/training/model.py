@@ -14,6 +14,7 @@ from sparsek_megatron.context_parallel import shard_sequence
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.memory.chunked_loss import whole_logits_are_large
+from sparsek_megatron.rope import use_fused_rope
 from sparsek_megatron.specs import get_sparsek_block_spec
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.validate import sparsek_config
@@ -39,6 +40,8 @@ def transformer_config(config: TrainingConfig, *, on_gpu: bool) -> TransformerCo
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        bias_activation_fusion=on_gpu,  # SwiGLU in one compiled kernel each way, its input kept and not its output
+        bias_dropout_fusion=on_gpu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=config.init_method_std,
@@ -69,6 +72,8 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
     longest = config.max_position_embeddings or config.seq_length
     sparsek = dataclasses.replace(sparsek_config(config), reference_length=longest)
     megatron = transformer_config(config, on_gpu=on_gpu)
+    if config.apply_rope_fusion:
+        use_fused_rope(megatron)
     try:
         spec = get_sparsek_block_spec(megatron, sparsek=sparsek)
     except (ValueError, NotImplementedError) as err:
