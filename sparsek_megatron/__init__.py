@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsek_megatron.attention import SparseKCoreAttention, SparseKSelfAttention
+    from sparsek_megatron.attention import SparseKSelfAttention
     from sparsek_megatron.config import SparseKConfig
+    from sparsek_megatron.core_attention import SparseKCoreAttention
     from sparsek_megatron.norm import Norm
     from sparsek_megatron.scoring import ScoringNetwork
     from sparsek_megatron.specs import get_sparsek_block_spec, get_sparsek_layer_spec, sparsek_layer_spec
@@ -20,7 +21,7 @@ _HOME = {
     "SparseKConfig": "config",
     "Norm": "norm",
     "ScoringNetwork": "scoring",
-    "SparseKCoreAttention": "attention",
+    "SparseKCoreAttention": "core_attention",
     "SparseKSelfAttention": "attention",
     "get_sparsek_block_spec": "specs",
     "get_sparsek_layer_spec": "specs",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseK attention in Megatron's module slots: a self attention that scores tokens, and its core attention.
+"""SparseK attention in Megatron's self attention slot: it scores the tokens that its core attention selects from.
 
 Core attention never sees hidden states, so the scores are computed in `SparseKSelfAttention` and travel to
 `SparseKCoreAttention` as `attention_bias`, an argument that Megatron hands through untouched.
@@ -11,7 +11,6 @@ tp = tensor_model_parallel_size; t tokens of packed (THD) sequences.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from typing import Any
 
@@ -22,149 +21,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
-from sparsek_kernels import sparsek_attention
 from torch import Tensor
 
 from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
-from sparsek_megatron.context_parallel import context_parallel_attention, shard_positions
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import settings_from_environment
-from sparsek_megatron.inference import CachedScores, attend_cached, cache_rows, new_positions, rotary_at
+from sparsek_megatron.inference import CachedScores, cache_rows, new_positions, rotary_at
 from sparsek_megatron.norm import QKNorm
+from sparsek_megatron.packing import packed_boundaries, token_positions
 from sparsek_megatron.report import report_once
 from sparsek_megatron.scoring import ScoringNetwork, reference_length
-
-
-def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
-    """cu_seqlens int32 [num_seqs + 1] of packed sequences, the padded ones where given; None if not packed.
-
-    Raises NotImplementedError for a format other than "thd" and ValueError where queries and keys differ.
-    """
-    if packed is None:
-        return None
-    if packed.qkv_format != "thd":
-        raise NotImplementedError(f"packed_seq_params.qkv_format={packed.qkv_format!r}: use 'thd'")
-    boundaries = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
-    keys = packed.cu_seqlens_kv_padded if packed.cu_seqlens_kv_padded is not None else packed.cu_seqlens_kv
-    if boundaries is None:
-        raise ValueError("packed_seq_params.cu_seqlens_q is None: give the sequence boundaries")
-    if keys is not None and keys is not boundaries and keys.shape != boundaries.shape:
-        raise ValueError(
-            f"packed_seq_params: {boundaries.numel() - 1} query sequences against {keys.numel() - 1} of "
-            "keys; self attention needs the same boundaries for both"
-        )
-    return boundaries.to(torch.int32)
-
-
-def token_positions(
-    length: int, boundaries: Tensor | None, device: torch.device, *, cp: int = 1, cp_rank: int = 0
-) -> Tensor:
-    """Position of each of this rank's tokens [length], restarting at each packed sequence; no synchronisation.
-
-    boundaries int32 [num_seqs + 1] are global. Under context parallelism every sequence is sharded on its own, in
-    Megatron's zigzag layout.
-    """
-    index = torch.arange(length, device=device)
-    if boundaries is None:
-        return index if cp == 1 else shard_positions(length * cp, cp, cp_rank, device=device)
-    starts = boundaries.to(index.dtype) // cp
-    sequence = (torch.searchsorted(starts, index, right=True) - 1).clamp(0, starts.numel() - 2)
-    place = index - starts[sequence]
-    if cp == 1:
-        return place
-    chunk = starts.diff()[sequence] // 2
-    return torch.where(place < chunk, cp_rank * chunk + place, (2 * cp - 2 - cp_rank) * chunk + place)
-
-
-class SparseKCoreAttention(MegatronModule):
-    """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters.
-
-    It communicates under context parallelism only (`sparsek_megatron.context_parallel`): s then counts this rank's
-    tokens, sharded in Megatron's zigzag layout, and the boundaries of packed sequences stay global.
-    Built and called like Megatron's core attention, with the scores as `attention_bias`. `softmax_scale`
-    None means 1 / sqrt(hn). `sparsek` None reads the environment.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        attention_type: str = "self",
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        *,
-        sparsek: SparseKConfig | None = None,
-        **_unused: Any,
-    ) -> None:
-        super().__init__(config=config)
-        refuse.check_model_config(config)
-        refuse.check_mask_type(attn_mask_type, packed=True)
-        if attention_type != "self":
-            raise NotImplementedError(f"attention_type={attention_type!r}: SparseK is self attention")
-        if attention_dropout:
-            raise NotImplementedError(f"attention_dropout={attention_dropout}: use 0")
-        assert config.kv_channels is not None
-        self.sparsek = sparsek or settings_from_environment()[0]
-        self.layer_number = layer_number
-        self.attn_mask_type = attn_mask_type
-        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
-        self.cp_comm_type = cp_comm_type
-        self.cp_group = compat.context_parallel_group(config, pg_collection)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | CachedScores | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Attention output [s, b, np/tp * hn], or [t, np/tp * hn] for packed sequences.
-
-        query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn], or [t, heads, hn]; attention_bias: scores
-        [b, s, ng/tp] fp32, or with the cache that generation continues.
-        """
-        if isinstance(attention_bias, CachedScores):
-            return attend_cached(query, key, value, attention_bias)
-        boundaries = packed_boundaries(packed_seq_params)
-        refuse.check_mask_type(attn_mask_type, packed=boundaries is not None)
-        refuse.check_attention_mask(attention_mask)
-        if attention_bias is None:
-            raise ValueError(
-                "attention_bias is None: SparseKCoreAttention takes its scores there; use it inside "
-                "SparseKSelfAttention"
-            )
-        if boundaries is None:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        else:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-        settings = self.sparsek
-        options: dict[str, Any] = {
-            "topk": settings.topk,
-            "window": settings.window,
-            "stride": settings.stride,
-            "pool": settings.pool,
-            "gate": settings.gate,
-            "softmax_scale": self.softmax_scale,
-            "cu_seqlens": boundaries,
-            "backend": settings.backend,
-        }
-        if self.cp_group is not None:
-            options |= {"group": self.cp_group, "cp_comm_type": self.cp_comm_type}
-            out = context_parallel_attention(query, key, value, attention_bias, **options)
-        else:
-            out = sparsek_attention(query, key, value, attention_bias, **options)
-        if boundaries is None:
-            return out.transpose(0, 1).flatten(2)
-        return out.squeeze(0).flatten(1)
 
 
 def complete_submodules(submodules: Any, config: TransformerConfig, *, fused_input_norm: bool) -> Any:

@@ -25,8 +25,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from sparsek_megatron import compat, refuse
-from sparsek_megatron.attention import SparseKCoreAttention, SparseKSelfAttention
+from sparsek_megatron.attention import SparseKSelfAttention
 from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.core_attention import SparseKCoreAttention
 from sparsek_megatron.environment import settings_from_environment
 from sparsek_megatron.layer_pattern import PatternedSelfAttention, dense_indices, has_pattern
 from sparsek_megatron.norm import Norm, QKNorm

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed (THD) sequences: their boundaries, and the position of every token in its sequence."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from sparsek_megatron.context_parallel import shard_positions
+
+
+def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
+    """cu_seqlens int32 [num_seqs + 1] of packed sequences, the padded ones where given; None if not packed.
+
+    Raises NotImplementedError for a format other than "thd" and ValueError where queries and keys differ.
+    """
+    if packed is None:
+        return None
+    if packed.qkv_format != "thd":
+        raise NotImplementedError(f"packed_seq_params.qkv_format={packed.qkv_format!r}: use 'thd'")
+    boundaries = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
+    keys = packed.cu_seqlens_kv_padded if packed.cu_seqlens_kv_padded is not None else packed.cu_seqlens_kv
+    if boundaries is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q is None: give the sequence boundaries")
+    if keys is not None and keys is not boundaries and keys.shape != boundaries.shape:
+        raise ValueError(
+            f"packed_seq_params: {boundaries.numel() - 1} query sequences against {keys.numel() - 1} of "
+            "keys; self attention needs the same boundaries for both"
+        )
+    return boundaries.to(torch.int32)
+
+
+def token_positions(
+    length: int, boundaries: Tensor | None, device: torch.device, *, cp: int = 1, cp_rank: int = 0
+) -> Tensor:
+    """Position of each of this rank's tokens [length], restarting at each packed sequence; no synchronisation.
+
+    boundaries int32 [num_seqs + 1] are global. Under context parallelism every sequence is sharded on its own, in
+    Megatron's zigzag layout.
+    """
+    index = torch.arange(length, device=device)
+    if boundaries is None:
+        return index if cp == 1 else shard_positions(length * cp, cp, cp_rank, device=device)
+    starts = boundaries.to(index.dtype) // cp
+    sequence = (torch.searchsorted(starts, index, right=True) - 1).clamp(0, starts.numel() - 2)
+    place = index - starts[sequence]
+    if cp == 1:
+        return place
+    chunk = starts.diff()[sequence] // 2
+    return torch.where(place < chunk, cp_rank * chunk + place, (2 * cp - 2 - cp_rank) * chunk + place)
