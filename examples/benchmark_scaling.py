@@ -186,7 +186,7 @@ def exposed_communication(step: Callable[[], None], device: torch.device) -> flo
         torch.cuda.synchronize()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profile.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
     return (_covered(spans[True] + spans[False]) - _covered(spans[False])) / 1e3
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -33,9 +33,15 @@ class Liveness:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, *, timeout_seconds: float = 60.0
+        self,
+        store: dist.Store,  # pyright: ignore[reportPrivateImportUsage]
+        rank: int,
+        world_size: int,
+        *,
+        timeout_seconds: float = 60.0,
     ) -> None:
-        self._store = dist.PrefixStore("liveness", store).clone()  # a connection of its own: others may block
+        own: Any = dist.PrefixStore("liveness", store)  # pyright: ignore[reportPrivateImportUsage]
+        self._store = own.clone()  # a connection of its own: others may block
         self._rank, self._watched = rank, (rank + 1) % world_size
         self._timeout = timeout_seconds
         self._ended = threading.Event()

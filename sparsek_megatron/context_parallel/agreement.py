@@ -13,7 +13,12 @@ import torch.distributed as dist
 
 
 def check_agreement(
-    settings: Any, store: dist.Store, rank: int, world_size: int, *, name: str = "settings"
+    settings: Any,
+    store: dist.Store,  # pyright: ignore[reportPrivateImportUsage]
+    rank: int,
+    world_size: int,
+    *,
+    name: str = "settings",
 ) -> None:
     """Compare a dataclass or mapping on all ranks, and name the first field that differs.
 
