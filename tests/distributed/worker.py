@@ -53,6 +53,8 @@ def main(out: str, *modules: str) -> None:
         torch.distributed.all_gather_object(answers, answer)
         failed = [a for a in answers if "error" in a]
         results[name] = {**(failed or answers)[0], "seconds": time.time() - began}
+        if torch.distributed.get_rank() == 0:
+            print(f"case {name}: ended after {results[name]['seconds']:.1f} s", flush=True)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     torch.distributed.barrier()
