@@ -5,6 +5,9 @@ Selection is discontinuous, so the same token must get bitwise the same score wh
 arrives in (tensor parallel sizes, recompute, chunked prefill). A library matmul picks its reduction order by
 shape and does not promise that; here every row is reduced in one fixed order.
 
+The backward pass is one kernel on a GPU: it reads x once and writes dx once, in x's own dtype. Gradients of scores are
+fp32, and bfloat16 products would lose 16 of their bits; each is used as the sum of two bfloat16 numbers instead.
+
 Legend: rows = tokens, h = hidden size, n = num_query_groups.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor
 BLOCK_ROWS = 64
 BLOCK_HIDDEN = 64
 CPU_ROWS = 1024
-BACKWARD_ROWS = 8192
+BACKWARD_ROWS = 1024
 
 
 @triton.jit
@@ -75,6 +78,90 @@ def linear_score_triton(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+@triton.jit
+def _linear_score_backward_kernel(
+    x, w, du, dx, partials, rows, hidden, columns, stride_x, stride_w,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(rows / ROWS), ceil(h / BLOCK_HIDDEN)): one program owns ROWS rows of BLOCK_HIDDEN columns of dx, and
+    their share of dw, which it writes to partials [grid 0, h, n]; summed afterwards in a fixed order.
+
+    SPLIT (x and w in bfloat16): du is the sum of two bfloat16 tiles, each multiplied on its own.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    o_hid = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    o_col = tl.arange(0, BLOCK_COLUMNS)
+    m_hid = o_hid < hidden
+    m_col = o_col < columns
+    b_w = tl.load(
+        w + o_hid[None, :] * stride_w + o_col[:, None], mask=m_hid[None, :] & m_col[:, None], other=0.0
+    )
+    b_dw = tl.zeros([BLOCK_HIDDEN, BLOCK_COLUMNS], dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_ROWS):
+        o_row = first + start + tl.arange(0, BLOCK_ROWS)
+        m_row = o_row < rows
+        b_du = tl.load(
+            du + o_row[:, None] * columns + o_col[None, :], mask=m_row[:, None] & m_col[None, :], other=0.0
+        )
+        if SPLIT:
+            b_high = b_du.to(tl.bfloat16)
+            b_low = (b_du - b_high.to(tl.float32)).to(tl.bfloat16)
+        if NEEDS_DX:
+            if SPLIT:
+                b_dx = tl.dot(b_low, b_w, tl.dot(b_high, b_w))
+            else:
+                b_dx = tl.dot(b_du, b_w.to(tl.float32), input_precision="ieee")
+            tl.store(
+                dx + o_row[:, None] * hidden + o_hid[None, :],
+                b_dx.to(dx.dtype.element_ty),
+                mask=m_row[:, None] & m_hid[None, :],
+            )
+        if NEEDS_DW:
+            b_x = tl.load(
+                x + o_row[None, :] * stride_x + o_hid[:, None],
+                mask=m_row[None, :] & m_hid[:, None],
+                other=0.0,
+            )
+            if SPLIT:
+                b_dw = tl.dot(b_x, b_low, tl.dot(b_x, b_high, b_dw))
+            else:
+                b_dw = tl.dot(b_x.to(tl.float32), b_du, b_dw, input_precision="ieee")
+    if NEEDS_DW:
+        tl.store(
+            partials + (tl.program_id(0).to(tl.int64) * hidden + o_hid[:, None]) * columns + o_col[None, :],
+            b_dw,
+            mask=m_hid[:, None] & m_col[None, :],
+        )
+
+
+def linear_score_backward_triton(
+    x: Tensor, w: Tensor, du: Tensor, *, needs_dx: bool = True, needs_dw: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `linear_score_triton` for du [rows, n] fp32: (dx [rows, h] like x, dw [h, n] like w)."""
+    rows, hidden = x.shape
+    columns = w.shape[1]
+    du = du.contiguous()
+    split = x.dtype == w.dtype == torch.bfloat16
+    block_hidden = 128 if split else 64  # fp32 products on a tile of 128 spill registers
+    pieces = triton.cdiv(rows, BACKWARD_ROWS)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
+    partials = du.new_empty(pieces, hidden, columns) if needs_dw else None
+    kernel: Any = _linear_score_backward_kernel
+    kernel[(pieces, triton.cdiv(hidden, block_hidden))](
+        x, w, du, x if dx is None else dx, du if partials is None else partials, rows, hidden, columns,
+        x.stride(0), w.stride(0),
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_HIDDEN=block_hidden,
+        BLOCK_COLUMNS=max(16, triton.next_power_of_2(columns)),
+        ROWS=BACKWARD_ROWS,
+        SPLIT=split,
+        NEEDS_DX=needs_dx,
+        NEEDS_DW=needs_dw,
+    )  # fmt: skip
+    return dx, None if partials is None else partials.sum(0).to(w.dtype)
+
+
 def linear_score_torch(x: Tensor, w: Tensor) -> Tensor:
     """[rows, h] @ [h, n] -> [rows, n] by elementwise products and row sums; fp32, or fp64 for fp64 input."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -99,16 +186,11 @@ class _LinearScore(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (du,) = grads
         x, w = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = (du @ w.to(du.dtype).t()).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros(w.shape, dtype=du.dtype, device=du.device)
-            for start in range(0, x.shape[0], BACKWARD_ROWS):
-                rows = slice(start, start + BACKWARD_ROWS)
-                dw.addmm_(x[rows].to(du.dtype).t(), du[rows])
-            dw = dw.to(w.dtype)
-        return dx, dw
+        needs_dx, needs_dw = ctx.needs_input_grad
+        if x.is_cuda and du.dtype == torch.float32:
+            return linear_score_backward_triton(x, w, du, needs_dx=needs_dx, needs_dw=needs_dw)
+        dx = (du @ w.to(du.dtype).t()).to(x.dtype) if needs_dx else None
+        return dx, (x.to(du.dtype).t() @ du).to(w.dtype) if needs_dw else None
 
 
 def linear_score(x: Tensor, w: Tensor) -> Tensor:

@@ -13,7 +13,12 @@ from mcore_harness import tiny_config
 from megatron.core import parallel_state
 
 from sparsek_megatron import ScoringNetwork, SparseKConfig
-from sparsek_megatron.linear_score import linear_score, linear_score_torch, linear_score_triton
+from sparsek_megatron.linear_score import (
+    linear_score,
+    linear_score_backward_triton,
+    linear_score_torch,
+    linear_score_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -142,3 +147,40 @@ def test_linear_score_gradients() -> None:
     x = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(linear_score, (x, w))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1), (1100, 70, 3), (130, 200, 17)])
+def test_the_kernels_gradients_match_double_precision(shape: tuple[int, int, int]) -> None:
+    rows, hidden, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, hidden + 3, generator=generator)[:, :hidden]  # rows with a stride
+    w, du = (torch.randn(n, columns, generator=generator) for n in (hidden, rows))
+    dx, dw = linear_score_backward_triton(x, w, du)
+    assert dx is not None and dw is not None
+    torch.testing.assert_close(dx.double(), du.double() @ w.double().t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dw.double(), x.double().t() @ du.double(), rtol=1e-5, atol=1e-3)
+    assert torch.equal(linear_score_backward_triton(x, w, du, needs_dw=False)[0], dx)
+    assert torch.equal(linear_score_backward_triton(x, w, du, needs_dx=False)[1], dw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "heads"), [(20_000, 8), (1000, 1), (777, 5)])
+def test_gradients_on_a_gpu_lose_no_more_than_their_own_rounding(
+    rows: int, heads: int, dtype: torch.dtype
+) -> None:
+    """du is not rounded to the weights' dtype first."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    x = torch.randn(rows, 256, generator=generator, device="cuda").to(dtype).requires_grad_()
+    w = torch.randn(256, heads, generator=generator, device="cuda").to(dtype).requires_grad_()
+    du = torch.randn(rows, heads, generator=generator, device="cuda")
+    du *= torch.logspace(-4, 0, rows, device="cuda")[:, None]
+    dx, dw = torch.autograd.grad(linear_score(x, w), (x, w), du)
+    parts = (
+        (dx, du.double() @ w.double().t(), du.double().abs() @ w.double().t().abs()),
+        (dw, x.double().t() @ du.double(), x.double().t().abs() @ du.double().abs()),
+    )
+    for got, want, absolute in parts:
+        assert got.dtype == dtype
+        rounding = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
+        assert ((got.double() - want).abs() <= rounding + 2**-16 * absolute).all()
