@@ -144,7 +144,7 @@ def linear_score_backward_triton(
     du = du.contiguous()
     split = x.dtype == w.dtype == torch.bfloat16
     block_hidden = 128 if split else 64  # fp32 products on a tile of 128 spill registers
-    pieces = triton.cdiv(rows, BACKWARD_ROWS)
+    pieces = -(-rows // BACKWARD_ROWS)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     partials = du.new_empty(pieces, hidden, columns) if needs_dw else None
     kernel: Any = _linear_score_backward_kernel
