@@ -11,9 +11,9 @@ from sparsek_megatron.inference_model import ModelDecoder
 from sparsek_megatron.inference_weights import load_weights
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.generate import TextStream
 from sparsek_megatron.training.model import build_model
 from sparsek_megatron.training.sampling import Generated, Sampling, generate
+from sparsek_megatron.training.text_stream import TextStream
 
 
 def generate_text(

@@ -20,11 +20,12 @@ from sparsek_megatron.inference_model import ModelDecoder
 from sparsek_megatron.inference_weights import load_weights
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import parse
-from sparsek_megatron.training.generate import TextStream, generate_program, generation_config, read_prompts
+from sparsek_megatron.training.generate import generate_program, generation_config, read_prompts
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.reshard import cut_shard
 from sparsek_megatron.training.sampling import Sampling, draw, generate, probabilities
+from sparsek_megatron.training.text_stream import TextStream
 
 LONGEST = 64
 
