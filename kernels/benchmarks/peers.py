@@ -98,6 +98,7 @@ def _flex(case: Case, mask: Callable, heads: int | None, leaves: tuple[torch.Ten
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask = create_block_mask(mask, None, heads, case.tokens, case.tokens, device="cuda", _compile=True)
+    torch._dynamo.reset()  # else the ninth length is past its limit of recompilations, and runs unfused
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = case.heads > case.kv_heads
     return Side(
