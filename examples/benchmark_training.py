@@ -28,7 +28,10 @@ from sparsek_megatron.quiet import quiet_dependencies
 def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["1.3b"], help="tiny, 1.3b, 3b, 8b")
-    parser.add_argument("--num-layers", type=int, help="layers in place of the shape's, where all do not fit")
+    parser.add_argument(
+        "--num-layers", type=int, nargs="+", metavar="N",
+        help="layers in place of the shapes', where all do not fit: one number for all, or one for each shape",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288, 1048576])
     parser.add_argument("--arms", nargs="+", default=["dense", "window", "sparsek"])
     parser.add_argument("--trainers", nargs="+", default=["deepspeed"], help="deepspeed, mcore")
@@ -49,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-fusions", action="store_true", help="without megatron-core's fused activation and residual"
     )
+    parser.add_argument("--apply-rope-fusion", action="store_true", help="RoPE in one compiled kernel")
     parser.add_argument(
         "--whole-logits", action="store_true", help="Megatron's loss in place of the chunked one"
     )
@@ -56,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-path", help="IndexedDataset prefix; default: bytes of Python's source")
     parser.add_argument("--peak-tflops", type=float, help="peak of one GPU, where the device is not known")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed steps; 0 takes the step time from the profiled one"
+    )
     parser.add_argument("--no-profile", action="store_true", help="leave the profiled step out")
     parser.add_argument(
         "--slowest", type=int, default=0, metavar="N", help="print the N longest kernels of each part"
@@ -114,9 +120,15 @@ class Benchmark:
             for name in given:
                 if name not in names:
                     raise UserError(f"{flag} {name}: must be among {', '.join(names)}")
-        for flag in ("steps", "warmup", "vocab_size", "tensor_model_parallel_size"):
-            if getattr(args, flag) < 1:
-                raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        profiles = torch.cuda.is_available() and not args.no_profile
+        least = {"steps": int(not profiles), "warmup": 1, "vocab_size": 1, "tensor_model_parallel_size": 1}
+        for flag, smallest in least.items():
+            if getattr(args, flag) < smallest:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {smallest}"
+                )
+        if args.num_layers and len(args.num_layers) not in (1, len(args.shape)):
+            raise UserError(f"--num-layers: {len(args.num_layers)} numbers for {len(args.shape)} shapes")
         if args.vocab_size % args.tensor_model_parallel_size:
             raise UserError(
                 f"--vocab-size {args.vocab_size}: not divisible by --tensor-model-parallel-size "
@@ -129,7 +141,8 @@ class Benchmark:
         )  # fmt: skip
         self.options = Options(
             recompute=args.recompute_granularity,
-            recompute_layers=args.recompute_num_layers, fusions=not args.no_fusions, chunked_loss=not args.whole_logits,
+            recompute_layers=args.recompute_num_layers, fusions=not args.no_fusions,
+            apply_rope_fusion=args.apply_rope_fusion, chunked_loss=not args.whole_logits,
             cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
         )  # fmt: skip
         self.stream, self.source = read_tokens(args.data_path, max(args.tokens) + 1)
@@ -144,7 +157,7 @@ class Benchmark:
     def run(self) -> None:
         """All cases; prints each as it ends."""
         from training_benchmark.model import training_config
-        from training_benchmark.report import plot, write_csv
+        from training_benchmark.report import plot
         from training_benchmark.shapes import SHAPES
 
         from sparsek_megatron.training import parallel
@@ -160,26 +173,26 @@ class Benchmark:
         )
         if self.first:
             print(title, flush=True)
-        for shape in args.shape:
+            args.out.mkdir(parents=True, exist_ok=True)
+        for index, name in enumerate(args.shape):
+            layers = args.num_layers and args.num_layers[index % len(args.num_layers)]
             for trainer in args.trainers:
                 for arm in args.arms:
-                    self.run_arm(shape, arm, trainer, sizes)
+                    self.run_arm(name, SHAPES[name].with_layers(layers), arm, trainer, sizes)
                     release()
         if self.first:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_csv(self.rows, args.out / "training.csv")
             plot(self.rows, args.out / "training.png", title)
         parallel.shutdown()
 
-    def run_arm(self, shape_name: str, arm: str, trainer_name: str, sizes: dict[str, Any]) -> None:
+    def run_arm(
+        self, shape_name: str, shape: Any, arm: str, trainer_name: str, sizes: dict[str, Any]
+    ) -> None:
         """One model through every context, shortest first, until one does not fit."""
         from training_benchmark.model import build, training_config
-        from training_benchmark.report import Row, compare_with_dense, line
-        from training_benchmark.shapes import SHAPES
+        from training_benchmark.report import Row, compare_with_dense, line, write_csv
         from training_benchmark.trainers import build_trainer
 
         args = self.args
-        shape = SHAPES[shape_name].with_layers(args.num_layers)
         config = training_config(shape, self.sparsek, **sizes)
         contexts = [n for n in sorted(args.tokens) if arm != "dense" or n <= args.longest_dense]
         trainer = model = None
@@ -204,6 +217,7 @@ class Benchmark:
             if self.first:
                 print(line(row), flush=True)
                 self.print_slowest(row)
+                write_csv(self.rows, args.out / "training.csv")
             if row.error:
                 break
             release()
@@ -215,10 +229,20 @@ class Benchmark:
 
         args, machine = self.args, self.machine
         batch = device_batch(self.stream, row.tokens, machine.device)
-        timed_steps(trainer, batch, args.warmup)
+        seconds, loss = timed_steps(trainer, batch, args.warmup)
+        if self.first and seconds > 10:
+            print(f"{row.tokens} tokens, {row.arm}: warming up took {seconds:.1f} s a step", flush=True)
         if machine.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds, loss = timed_steps(trainer, batch, args.steps)
+        if args.steps:
+            seconds, loss = timed_steps(trainer, batch, args.steps)
+        if machine.on_gpu and not args.no_profile:
+            keep = None
+            if args.trace and self.first:
+                args.trace.mkdir(parents=True, exist_ok=True)
+                keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
+            row.split = profile_step(lambda: trainer.step(*batch), model, keep)
+            seconds = seconds if args.steps else row.split.step_ms / 1e3
         sequences = machine.world_size // row.tp
         flops = shape.step_flops(
             tokens=row.tokens,
@@ -231,12 +255,6 @@ class Benchmark:
         row.mfu = row.model_tflops / self.peak if self.peak else None
         if machine.on_gpu:
             row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-            if not args.no_profile:
-                keep = None
-                if args.trace and self.first:
-                    args.trace.mkdir(parents=True, exist_ok=True)
-                    keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
-                row.split = profile_step(lambda: trainer.step(*batch), model, keep)
 
         if args.waits and machine.on_gpu:
             places = places_of_waits(lambda: trainer.step(*batch))  # every rank takes the step

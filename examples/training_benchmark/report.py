@@ -92,9 +92,11 @@ def line(row: Row) -> str:
     shown = ", ".join(f"{name} {ms:.1f}" for name, ms in split.parts.items() if ms)
     waits = ", ".join(f"{count} in {place}" for place, count in split.waits.items()) or "none"
     assert row.share_of_bound is not None and row.step_ms is not None
+    choosing = 100 * (split.parts["scoring"] + split.parts["selection"]) / row.step_ms
     return (
         f"{text}\n    ms: {shown}; no kernel running {max(0.0, row.step_ms - split.busy_ms):.1f}; "
-        f"{100 * row.share_of_bound:.0f} % of the bound; {split.kernels} kernels, host waits: {waits}, "
+        f"{100 * row.share_of_bound:.1f} % of the bound, scoring and selection {choosing:.1f} % of the step; "
+        f"{split.kernels} kernels, host waits: {waits}, "
         f"{split.allocations} allocations"
     )
 

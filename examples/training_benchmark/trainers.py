@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sparsek_megatron.errors import UserError
+from sparsek_megatron.gradient_clipping import use_foreach_clipping
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine
 from sparsek_megatron.training.model import token_losses
@@ -53,6 +54,7 @@ class MegatronTrainer:
             raise UserError(
                 "--trainers mcore: megatron-core's distributed optimizer needs a GPU; use deepspeed"
             )
+        use_foreach_clipping()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,

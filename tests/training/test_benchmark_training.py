@@ -140,6 +140,8 @@ def test_a_small_run_without_a_gpu(tmp_path):
         (("--arms", "sparse"), "--arms sparse: must be among dense, window, sparsek"),
         (("--vocab-size", "100", "--arms", "dense"), "--vocab-size 100: the data has token id"),
         (("--data-path", "nowhere", "--arms", "dense"), "--data-path nowhere: no dataset of that name"),
+        (("--num-layers", "1", "2", "--arms", "dense"), "--num-layers: 2 numbers for 1 shapes"),
+        (("--steps", "0", "--arms", "dense"), "--steps 0: must be at least 1"),
         (("--vocab-size", "513", "--tensor-model-parallel-size", "2"), "--vocab-size 513: not divisible by"),
     ],
 )
