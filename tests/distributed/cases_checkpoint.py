@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from cuda_to_cpu import cuda_to_cpu
 from mcore_harness import build_gpt, parallel, randomise, tiny_config, unshard
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import gpt_layer_specs
 from safetensors.torch import save_file
 from worker import case
@@ -20,6 +22,10 @@ from sparsek_megatron import SparseKConfig, get_sparsek_block_spec
 from sparsek_megatron.compat import stage_layer_indices
 from sparsek_megatron.convert.dense import load_dense_checkpoint, save_dense_checkpoint
 from sparsek_megatron.convert.hf import import_config, load_weights
+
+# Saving writes and reads this queue in one process. megatron-core's own lives in a process that each rank would start
+# for it, and that imports PyTorch first.
+filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
 
 SPARSEK: dict[str, Any] = {"topk": 5, "window": 4, "stride": 4, "pool": 12}
 

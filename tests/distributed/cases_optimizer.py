@@ -17,7 +17,7 @@ from worker import case
 
 from sparsek_megatron import SparseKConfig, get_sparsek_block_spec
 
-SPARSEK = SparseKConfig(topk=5, window=4, stride=4, pool=12, reference_length=32)
+SPARSEK = SparseKConfig(topk=5, window=5, stride=4, pool=12, reference_length=32)
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One torchrun launch of four CPU processes serves every test of this folder that reads `launched`."""
+"""One launch of four CPU processes serves every test of this folder that reads `launched`."""
 
 from __future__ import annotations
 
@@ -44,11 +44,17 @@ class Launched:
         return self.results[name]["value"]
 
 
-def launch(folder: Path, ranks: int, modules: tuple[str, ...], **changes: str) -> Launched:
-    """Results of the cases of `modules`, run by torchrun with `changes` to the environment."""
+def launch(
+    folder: Path, ranks: int, modules: tuple[str, ...], *, on_gpus: bool = False, **changes: str
+) -> Launched:
+    """Results of the cases of `modules` on forked ranks, on GPUs on torchrun's, with `changes` to the environment."""
     out = folder / "results.json"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(HERE / "worker.py"), str(out), *modules]
+    command = [sys.executable, "-W", "ignore"]
+    if on_gpus:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    else:
+        changes["FORKED_RANKS"] = str(ranks)
+    command += [str(HERE / "worker.py"), str(out), *modules]
     log = out.with_suffix(".log")
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -83,5 +89,10 @@ def launched_on_eight(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def launch_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Launched]:
     """Runs the mesh cases over NCCL on (ranks, dtype)."""
     return lambda ranks, dtype: launch(
-        tmp_path_factory.mktemp("gpus"), ranks, ("cases_mesh",), MESH_DTYPE=dtype, DISTRIBUTED_CASES="^mesh_"
+        tmp_path_factory.mktemp("gpus"),
+        ranks,
+        ("cases_mesh",),
+        on_gpus=True,
+        MESH_DTYPE=dtype,
+        DISTRIBUTED_CASES="^mesh_",
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by torchrun on every rank: all registered cases in one process launch, results written as JSON by rank
-0.
+"""All registered cases on every rank of one launch, results written as JSON by rank 0.
 
-A case is a function of no arguments that returns something JSON can hold; an exception on any rank becomes
+`worker.py OUT MODULE...` is a rank of torchrun's, which GPUs need; with FORKED_RANKS in the environment it forks
+that many. A case is a function of no arguments that returns something JSON can hold; an exception on any rank becomes
 the case's "error".
 """
 
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "plugin")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "plugin"), str(HERE.parent)]
+
+from forked_ranks import run_ranks  # noqa: E402
 
 CASES: dict[str, Callable[[], Any]] = {}
 
@@ -32,12 +34,19 @@ def case(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def main(out: str, *modules: str) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    if "FORKED_RANKS" in os.environ:
+        run_ranks(lambda: run_cases(out), int(os.environ["FORKED_RANKS"]))
+    else:
+        run_cases(out)
+
+
+def run_cases(out: str) -> None:
     import torch
     from mcore_harness import start_process_group
 
     start_process_group()
-    for module in modules:
-        importlib.import_module(module)
     wanted = os.environ.get("DISTRIBUTED_CASES", "")
     results = {}
     for name, function in sys.modules["worker"].CASES.items():

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the layouts that `test_parallel_training` compares: prints each layout's losses and gradient norms."""
+"""The layouts that `test_parallel_training` compares: prints each layout's losses and gradient norms.
+
+`parallel_worker.py LAUNCHES`, a JSON list of [ranks, {layout: case}]: one after another, on as many forked ranks each.
+"""
 
 import contextlib
 import json
@@ -11,7 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from sparsek_megatron.data.datasets import build_datasets
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
@@ -24,7 +34,11 @@ from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.schedule import learning_rate
 from sparsek_megatron.training.validate import data_paths
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS), str(TESTS / "distributed")]
+
+from cuda_to_cpu import cuda_to_cpu  # noqa: E402
+from forked_ranks import run_ranks  # noqa: E402
 
 
 class Recorder:
@@ -90,8 +104,6 @@ def trajectory(
 
 def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:
     """Tensor-parallel shards of each parameter's weights, fp32 weights and moments, in rank order; Adam's steps."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     engine.optimizer._lazy_init_hp_params_optimizer_state()
     group = parallel_state.get_tensor_model_parallel_group()
     found = {}
@@ -111,7 +123,9 @@ def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:
 def shared_weights_are_equal(model: torch.nn.Module) -> bool:
     """Whether parameters that are not sharded (norms, scorers) have the same bits on every tensor-parallel rank."""
     group = parallel_state.get_tensor_model_parallel_group()
-    mine = {n: p.tolist() for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)}
+    mine = {
+        n: p.tolist() for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)
+    }
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, mine, group=group)
     return len(mine) > 0 and all(each == mine for each in every)
@@ -119,14 +133,6 @@ def shared_weights_are_equal(model: torch.nn.Module) -> bool:
 
 def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
     """The same run by megatron-core's own data parallelism and distributed optimizer, without DeepSpeed."""
-    from cuda_to_cpu import cuda_to_cpu
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     config, _ = parse(argv)
     machine = parallel.initialize(config)
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
@@ -149,14 +155,19 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
         # Only its batches: the engine is never asked for.
         loop = Trainer.__new__(Trainer)
         loop.config, loop.machine, loop.global_batch = config, machine, config.global_batch_size
-        loop._mpu, loop._data_parallel = parallel.DeepSpeedMpu(), parallel_state.get_data_parallel_world_size()
+        loop._mpu, loop._data_parallel = (
+            parallel.DeepSpeedMpu(),
+            parallel_state.get_data_parallel_world_size(),
+        )
         data = loop._batches(train_set, 0, config.train_iters)
         micro_batches = config.global_batch_size // (config.micro_batch_size * loop._data_parallel)
         records = []
         for step in range(config.train_iters):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-                group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)  # its scheduler's work
+                group["weight_decay"] = config.weight_decay * group.get(
+                    "wd_mult", 1.0
+                )  # its scheduler's work
             wrapped.zero_grad_buffer()
             optimizer.zero_grad()
             total = torch.zeros(())
@@ -164,7 +175,9 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
                 last = micro_batch == micro_batches - 1
                 with contextlib.nullcontext() if last else wrapped.no_sync():
                     batch = next(data)
-                    loss = token_losses(wrapped, batch["tokens"], batch["labels"]).float().mean() / micro_batches
+                    loss = (
+                        token_losses(wrapped, batch["tokens"], batch["labels"]).float().mean() / micro_batches
+                    )
                     loss.backward()
                 total += loss.detach()
             finalize_model_grads([wrapped])
@@ -175,12 +188,18 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
     return {"records": records}
 
 
-if __name__ == "__main__":
+def run(cases: dict[str, Any]) -> None:
+    """This rank's part of `cases`; the first rank prints what they gave."""
     runs = {"deepspeed": trajectory, "mcore": mcore_trajectory}
     results = {}
-    for name, case in json.loads(sys.argv[1]).items():
+    for name, case in cases.items():
         begun = time.perf_counter()
         results[name] = runs[case.pop("by", "deepspeed")](**case)
         results[name]["seconds"] = time.perf_counter() - begun
-    if os.environ.get("RANK", "0") == "0":
-        print("RESULTS " + json.dumps(results))
+    if os.environ["RANK"] == "0":
+        print("RESULTS " + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    for ranks, cases in json.loads(sys.argv[1]):
+        run_ranks(lambda cases=cases: run(cases), ranks)

@@ -33,7 +33,14 @@ class Prepared:
 
     def flags(self, save: Path) -> list[str]:
         """Flags of a run on this data with a model that takes milliseconds a step."""
-        data = ["--tokenizer-model", self.tokenizer, "--train-data-path", self.train, "--valid-data-path", self.valid]
+        data = [
+            "--tokenizer-model",
+            self.tokenizer,
+            "--train-data-path",
+            self.train,
+            "--valid-data-path",
+            self.valid,
+        ]
         model = (
             "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --seq-length 64 "
             "--sparsek-topk 8 --sparsek-window 8 --sparsek-stride 4 --micro-batch-size 2 --train-iters 8 --lr 1e-2 "
@@ -54,9 +61,9 @@ def start(script: str, *arguments: str, **options) -> subprocess.Popen:
     return _start(str(REPOSITORY / "examples" / script), *arguments, **options)
 
 
-def start_module(module: str, *arguments: str) -> subprocess.Popen:
-    """Start `python -m module`."""
-    return _start("-m", module, *arguments)
+def start_program(path: str, *arguments: str) -> subprocess.Popen:
+    """Start `python path`."""
+    return _start(path, *arguments)
 
 
 def start_code(code: str) -> subprocess.Popen:
@@ -71,10 +78,10 @@ def _start(*command: str, gpu: bool = False, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, *, code: int = 0) -> str:
+def finish(process: subprocess.Popen, *, code: int = 0, seconds: float = LONGEST_SECONDS) -> str:
     """Wait for a program, require its exit code, and return what it printed."""
     try:
-        output, _ = process.communicate(timeout=LONGEST_SECONDS)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill_all(process)
         raise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import finish, start_module
+from programs import finish, start_program
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 STEPS = 20
@@ -19,11 +19,11 @@ TENSOR = ("--tensor-model-parallel-size", "2")
 CONTEXT = ("--context-parallel-size", "2")
 
 
-def run_worker(processes: int, cases: dict) -> dict:
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--nproc-per-node={processes}"]
-    output = finish(start_module("torch.distributed.run", *rendezvous, WORKER, json.dumps(cases)))
-    line = next(line for line in output.splitlines() if line.startswith("RESULTS "))
-    return json.loads(line.removeprefix("RESULTS "))
+def run_worker(launches: list[tuple[int, dict]]) -> dict:
+    """Results of the cases of all launches, (ranks, cases) each, one after another."""
+    output = finish(start_program(WORKER, json.dumps(launches)), seconds=500)
+    lines = [line.removeprefix("RESULTS ") for line in output.splitlines() if line.startswith("RESULTS ")]
+    return {name: result for line in lines for name, result in json.loads(line).items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,13 @@ def results(prepared, folder) -> dict:
         # A run that began at the checkpoint of step 10 of another layout's run.
         return case(name, *flags, load=load, start_at=SAVED, dump=str(folder / f"{name}.pt"))
 
-    done = run_worker(1, {"one": case("one"), "one_again": moved("one_again", "one")})
+    one = {"one": case("one"), "one_again": moved("one_again", "one")}
     two = {f"zero{n}": case(f"zero{n}", *stage(n), resume_at=SAVED) for n in (0, 1, 2, 3)}
-    two |= {"tp": case("tp", *TENSOR), "cp": case("cp", *CONTEXT), "one_to_dp2": moved("one_to_dp2", "one", *stage(2))}
-    done |= run_worker(2, two)
+    two |= {
+        "tp": case("tp", *TENSOR),
+        "cp": case("cp", *CONTEXT),
+        "one_to_dp2": moved("one_to_dp2", "one", *stage(2)),
+    }
     parallel = (*TENSOR, "--sequence-parallel")
     four = {f"sp_zero{n}": case(f"sp_zero{n}", *parallel, *stage(n)) for n in (0, 1, 2, 3)}
     four |= {
@@ -62,8 +65,8 @@ def results(prepared, folder) -> dict:
         "sp_again": moved("sp_again", "sp_zero2", *parallel, *stage(2)),
         "one_to_sp": moved("one_to_sp", "one", *parallel, *stage(1)),
     }
-    done |= run_worker(4, four)
-    done |= run_worker(1, {"sp_to_one": moved("sp_to_one", "sp_zero2", *stage(1))})
+    last = {"sp_to_one": moved("sp_to_one", "sp_zero2", *stage(1))}
+    done = run_worker([(1, one), (2, two), (4, four), (1, last)])
     print({name: round(result["seconds"], 1) for name, result in done.items()})
     return done
 
@@ -124,7 +127,9 @@ def whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
 def test_a_checkpoint_moves_to_another_layout_bit_by_bit(results, folder, moved, source):
     there, here = torch.load(folder / f"{source}.pt"), torch.load(folder / f"{moved}.pt")
     assert there["steps"] == here["steps"] == [SAVED] * len(here["steps"])
-    assert there["shards"].keys() == here["shards"].keys() and any("exp_avg_sq" in name for name in here["shards"])
+    assert there["shards"].keys() == here["shards"].keys() and any(
+        "exp_avg_sq" in name for name in here["shards"]
+    )
     for name, shards in here["shards"].items():
         assert torch.equal(whole(name, shards), whole(name, there["shards"][name])), name
 
