@@ -17,6 +17,7 @@ STEPS = 20
 SAVED = 10
 TENSOR = ("--tensor-model-parallel-size", "2")
 CONTEXT = ("--context-parallel-size", "2")
+ALONE = ("--micro-batch-size", "2")  # of one data-parallel rank: two micro-batches a step, as of two ranks
 
 
 def run_worker(launches: list[tuple[int, dict]]) -> dict:
@@ -37,8 +38,8 @@ def results(prepared, folder) -> dict:
         argv = [
             *prepared.flags(folder / name), "--global-batch-size", "4", "--train-iters", str(STEPS),
             "--load", str(folder / (load or name)), "--save-interval", str(SAVED), "--eval-interval", "1000",
-            "--eval-iters", "1", "--lr", "1e-3", "--clip-grad", "0.5", "--micro-batch-size", "1",
-            "--hang-timeout-seconds", "120", *flags,
+            "--eval-iters", "1", "--lr", "1e-3", "--clip-grad", "0.5", "--log-interval", "1000",
+            "--hang-timeout-seconds", "120", "--micro-batch-size", "1", *flags,
         ]  # fmt: skip
         (folder / name).mkdir(exist_ok=True)
         return {"argv": argv, **more}
@@ -50,22 +51,22 @@ def results(prepared, folder) -> dict:
         # A run that began at the checkpoint of step 10 of another layout's run.
         return case(name, *flags, load=load, start_at=SAVED, dump=str(folder / f"{name}.pt"))
 
-    one = {"one": case("one"), "one_again": moved("one_again", "one")}
+    one = {"one": case("one", *ALONE), "one_again": moved("one_again", "one", *ALONE)}
     two = {f"zero{n}": case(f"zero{n}", *stage(n), resume_at=SAVED) for n in (0, 1, 2, 3)}
     two |= {
-        "tp": case("tp", *TENSOR),
-        "cp": case("cp", *CONTEXT),
+        "tp": case("tp", *TENSOR, *ALONE),
+        "cp": case("cp", *CONTEXT, *ALONE),
         "one_to_dp2": moved("one_to_dp2", "one", *stage(2)),
     }
     parallel = (*TENSOR, "--sequence-parallel")
     four = {f"sp_zero{n}": case(f"sp_zero{n}", *parallel, *stage(n)) for n in (0, 1, 2, 3)}
     four |= {
         "mcore": case("mcore", *parallel, by="mcore"),
-        "sp_cp": case("sp_cp", *parallel, *CONTEXT),
+        "sp_cp": case("sp_cp", *parallel, *CONTEXT, *ALONE),
         "sp_again": moved("sp_again", "sp_zero2", *parallel, *stage(2)),
         "one_to_sp": moved("one_to_sp", "one", *parallel, *stage(1)),
     }
-    last = {"sp_to_one": moved("sp_to_one", "sp_zero2", *stage(1))}
+    last = {"sp_to_one": moved("sp_to_one", "sp_zero2", *stage(1), *ALONE)}
     done = run_worker([(1, one), (2, two), (4, four), (1, last)])
     print({name: round(result["seconds"], 1) for name, result in done.items()})
     return done
