@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsek_megatron.config import SparseKConfig
 
-_ATTRIBUTE = "sparsek_layer_caches"  # of a context: layer number -> LayerCache
+_ATTRIBUTE = "sparsek_layer_caches"  # of a context: layer number -> SparseKCache
 
 
 class _NoDenseLayers(dict):
@@ -48,46 +48,6 @@ class SparseKInferenceContext(StaticInferenceContext):
         self.key_value_memory_dict = _NoDenseLayers()
 
 
-class LayerCache:
-    """The cache of one layer for all rows of a context, and how many tokens the host knows each row to hold."""
-
-    def __init__(self, cache: SparseKCache) -> None:
-        self.cache = cache
-        self.consumed = [0] * cache.settings.batch_size
-
-    def begin(self, context: StaticInferenceContext, batch: int, tokens: int) -> SparseKCache:
-        """The rows of a call that brings `tokens` tokens to each of `batch` rows.
-
-        Raises ValueError where the context's offsets do not continue what the rows hold.
-        """
-        first, offset = context.batch_size_offset, context.sequence_len_offset
-        rows = self.cache.settings.batch_size
-        if first + batch > rows:
-            raise ValueError(
-                f"rows {first} ... {first + batch - 1} with an inference context of max_batch_size={rows}: make the "
-                "context larger"
-            )
-        if offset + tokens > context.max_sequence_length:
-            raise ValueError(
-                f"{offset} + {tokens} tokens pass the inference context's max_sequence_length="
-                f"{context.max_sequence_length}: make the context longer"
-            )
-        view = self.cache if batch == rows else self.cache.rows(first, first + batch)
-        if offset == 0:
-            view.reset()
-            self.consumed[first : first + batch] = [0] * batch
-        elif isinstance(context, SparseKInferenceContext):
-            self.consumed[first : first + batch] = view.lengths.tolist()
-        held = self.consumed[first : first + batch]
-        if held != [offset] * batch:
-            raise ValueError(
-                f"inference_context.sequence_len_offset={offset}, but these rows hold {held} tokens: a cache of "
-                "constant size cannot go back; call reset() on the context and run the whole prompt"
-            )
-        self.consumed[first : first + batch] = [offset + tokens] * batch
-        return view
-
-
 class CachedScores(NamedTuple):
     """What travels to core attention in place of the scores: they and the rows of the cache that take the tokens."""
 
@@ -95,14 +55,14 @@ class CachedScores(NamedTuple):
     cache: SparseKCache
 
 
-def layer_caches(context: Any) -> dict[int, LayerCache]:
+def layer_caches(context: Any) -> dict[int, SparseKCache]:
     """The SparseK caches of a static context by layer number; empty before the first forward."""
     return context.__dict__.setdefault(_ATTRIBUTE, {})
 
 
 def cache_bytes(context: Any) -> int:
     """Bytes of all SparseK caches of a context on this rank."""
-    return sum(layer.cache.nbytes for layer in layer_caches(context).values())
+    return sum(cache.nbytes for cache in layer_caches(context).values())
 
 
 def _own_positions(context: Any, tokens: int) -> bool:
@@ -112,7 +72,7 @@ def _own_positions(context: Any, tokens: int) -> bool:
 
 def new_positions(context: Any, layer_number: int, tokens: int) -> Tensor:
     """Positions of the tokens of a call before the layer's cache takes them: [s], or [b, 1] where rows differ."""
-    cache = layer_caches(context)[layer_number].cache
+    cache = layer_caches(context)[layer_number]
     if _own_positions(context, tokens):
         return cache.lengths.long()[:, None]
     start = context.sequence_len_offset
@@ -125,32 +85,65 @@ def cache_rows(
     """The rows of this layer's cache that a call works on.
 
     attention: the `SparseKSelfAttention`, whose sizes and device make the cache on first use.
+
+    Raises ValueError where the context's cache is another model's, or the call does not continue what its rows hold.
     """
-    layers = layer_caches(context)
-    if attention.layer_number not in layers:
-        cache = SparseKCache(
-            context.max_batch_size,
-            attention.num_query_groups_per_partition,
-            attention.hidden_size_per_attention_head,
-            topk=sparsek.topk,
-            window=sparsek.window,
-            stride=sparsek.stride,
-            pool=sparsek.pool,
-            gate=sparsek.gate,
-            softmax_scale=attention.core_attention.softmax_scale,
-            dtype=attention.config.params_dtype,
-            device=attention.scorer.weight.device,
-            backend=sparsek.backend,
-        )
-        layers[attention.layer_number] = LayerCache(cache)
-    layer = layers[attention.layer_number]
+    cache = _layer_cache(context, attention, sparsek)
     if _own_positions(context, tokens):
         if batch != context.max_batch_size:
             raise ValueError(
                 f"a decoding step of {batch} rows: SparseKInferenceContext steps all its {context.max_batch_size} rows"
             )
-        return layer.cache
-    return layer.begin(context, batch, tokens)
+        return cache
+    first, offset = context.batch_size_offset, context.sequence_len_offset
+    if first + batch > context.max_batch_size:
+        raise ValueError(
+            f"rows {first} ... {first + batch - 1} with an inference context of "
+            f"max_batch_size={context.max_batch_size}: make the context larger"
+        )
+    if offset + tokens > context.max_sequence_length:
+        raise ValueError(
+            f"{offset} + {tokens} tokens pass the inference context's max_sequence_length="
+            f"{context.max_sequence_length}: make the context longer"
+        )
+    rows = cache.rows(first, first + batch)
+    if offset == 0:
+        rows.reset()
+    elif (held := rows.lengths_on_host()) != [offset] * batch:
+        raise ValueError(
+            f"inference_context.sequence_len_offset={offset}, but these rows hold {held} tokens: a cache of "
+            "constant size cannot go back; call reset() on the context and run the whole prompt"
+        )
+    return rows
+
+
+def _layer_cache(context: StaticInferenceContext, attention: Any, sparsek: SparseKConfig) -> SparseKCache:
+    """This layer's cache of all rows: the one in the context, or a new one."""
+    caches, number = layer_caches(context), attention.layer_number
+    settings = {
+        "batch_size": context.max_batch_size,
+        "num_kv_heads": attention.num_query_groups_per_partition,
+        "head_dim": attention.hidden_size_per_attention_head,
+        "topk": sparsek.topk,
+        "window": sparsek.window,
+        "stride": sparsek.stride,
+        "pool": sparsek.pool,
+        "gate": sparsek.gate,
+        "softmax_scale": attention.core_attention.softmax_scale,
+        "dtype": attention.config.params_dtype,
+    }
+    device = attention.scorer.weight.device
+    if number not in caches:
+        caches[number] = SparseKCache(**settings, device=device, backend=sparsek.backend)
+    cache = caches[number]
+    for name, wanted in (*settings.items(), ("device", device)):
+        found = cache.device if name == "device" else getattr(cache.settings, name)
+        if found != wanted:
+            raise ValueError(
+                f"inference_context holds a cache of {name}={found} for layer {number}, and this model has "
+                f"{name}={wanted}: make a new context"
+            )
+    return cache
 
 
 def rotary_at(table: Tensor | None, positions: Tensor) -> Tensor | None:

@@ -24,11 +24,12 @@ class ModelDecoder:
     batch_size           sequences
     max_sequence_length  tokens that a row may come to hold; RoPE tables and learned positions reach this far
     prefill_tokens       tokens (over all rows) of one forward of a prompt: bounds the activations
-    cuda_graph           on one GPU, run steps after the first ones as a CUDA graph. Every operation of the model must
-                         then be capturable (token-dropless mixtures of experts are not)
+    cuda_graph           on GPUs, run steps after the first ones as a CUDA graph, tensor-parallel communication
+                         included. Every operation of the model must then be capturable (token-dropless mixtures of
+                         experts are not)
 
     Call every method on all tensor-parallel ranks with the same arguments. Raises NotImplementedError for sequence and
-    pipeline parallelism, ValueError for prompts or tokens that do not fit; the caches stay usable.
+    pipeline parallelism, ValueError for lengths, prompts or tokens that do not fit; the caches stay usable.
     """
 
     def __init__(
@@ -45,13 +46,17 @@ class ModelDecoder:
                 "generation shards heads only: build the model with sequence_parallel=False and "
                 "pipeline_model_parallel_size=1; the weights are the same"
             )
+        learned = getattr(getattr(model, "embedding", None), "position_embeddings", None)
+        if learned is not None and max_sequence_length > learned.num_embeddings:
+            raise ValueError(
+                f"max_sequence_length={max_sequence_length}: the model has learned positions for "
+                f"{learned.num_embeddings} tokens"
+            )
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.batch_size, self.max_sequence_length = batch_size, max_sequence_length
         self.prefill_tokens = prefill_tokens
-        self.captures = (
-            cuda_graph and self.device.type == "cuda" and model.config.tensor_model_parallel_size == 1
-        )
+        self.captures = cuda_graph and self.device.type == "cuda"
         self.context = SparseKInferenceContext(batch_size, max_sequence_length)
         self._longest = 0
         self._eager_steps = 0
@@ -116,7 +121,8 @@ class ModelDecoder:
             self._graph.replay()
         elif self.captures and self._eager_steps >= EAGER_STEPS:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Threads beside this one, such as NCCL's watchdog, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._forward_step()
             self._graph = graph
             graph.replay()
@@ -129,7 +135,7 @@ class ModelDecoder:
 
     def _forward_step(self) -> Tensor:
         caches = layer_caches(self.context)
-        positions = caches[min(caches)].cache.lengths.long()[:, None]
+        positions = caches[min(caches)].lengths.long()[:, None]
         return self._forward(self._token, positions)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:

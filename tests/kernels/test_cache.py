@@ -149,6 +149,57 @@ def test_a_long_prefill_runs_in_pieces(monkeypatch):
     assert largest_error(short[:, :50], expected[:, :50]) < 1e-5
 
 
+@pytest.mark.parametrize(("stride", "topk"), [(8, 4), (1, 3), (100, 5)])
+def test_a_prompt_may_be_fed_in_pieces_of_any_size(stride, topk):
+    """Pieces far behind the first ones see a length that stands in for theirs."""
+    options = {"topk": topk, "window": 6, "stride": stride}
+    inputs = make_inputs(700, d=8, hq=2, hkv=1)
+    expected = sparsek_attention(*(x.double() for x in inputs), **options)
+    for sizes in ([64], [13, 90, 7], [200, 1]):
+        cache, outputs, start = make_cache(inputs, **options), [], 0
+        while start < 700:
+            stop = min(start + sizes[len(outputs) % len(sizes)], 700)
+            outputs.append(cache.prefill(*part(inputs, start, stop)))
+            start = stop
+        assert largest_error(torch.cat(outputs, dim=1), expected) < 1e-5
+        assert cache.lengths_on_host() == cache.lengths.tolist() == [700, 700]
+
+
+def test_lengths_are_known_without_the_device_until_a_step_is_captured(monkeypatch):
+    inputs = make_inputs(60)
+    cache = make_cache(inputs, **SMALL)
+    cache.prefill(*part(inputs, 0, 20), lengths=[20, 7])
+    decode(cache, inputs, 20, 23)
+    row, copy = cache.rows(1, 2), cache.fork([1])
+    row.prefill(*(x[1:, :5] for x in inputs))
+    assert cache.lengths_on_host() == [23, 15] and copy.lengths_on_host() == [10]
+    monkeypatch.setattr(SparseKCache, "_capturing", lambda self: True)
+    row.decode(*(x[1:, :1] for x in inputs))
+    with pytest.raises(NotImplementedError, match="prefill cannot be captured in a CUDA graph"):
+        row.prefill(*(x[1:, :1] for x in inputs))
+    monkeypatch.undo()
+    row._buffers.length.add_(2)  # two replays
+    assert cache.lengths_on_host() == [23, 18]
+    cache.reset()
+    row._buffers.length.add_(1)
+    assert cache.lengths_on_host() == [0, 1] and copy.lengths_on_host() == [10]
+
+
+def test_scores_that_are_not_finite_spoil_their_own_row_until_it_is_reset():
+    inputs = make_inputs(120)
+    expected, _ = generate(inputs, 40, **SMALL)
+    spoiled = [x.clone() for x in inputs]
+    spoiled[3][1, 30:70] = float("nan")
+    actual, cache = generate(spoiled, 40, **SMALL)
+    assert torch.equal(actual[0], expected[0])
+    row = cache.rows(1, 2)
+    row.reset()
+    again = torch.cat(
+        [row.prefill(*(x[1:, :40] for x in inputs)), decode(row, [x[1:] for x in inputs], 40, 120)], 1
+    )
+    assert torch.equal(again, expected[1:])
+
+
 def test_memory_is_allocated_once_and_does_not_depend_on_the_length():
     inputs = make_inputs(200)
     cache = make_cache(inputs, **SMALL)

@@ -94,6 +94,36 @@ def test_decoding_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_prefill_in_pieces_waits_for_the_device_only_behind_a_captured_step():
+    inputs = make_inputs(900, 8, 2, 128, torch.bfloat16, 2)
+    options = {"topk": 16, "window": 16, "stride": 16}
+    whole = make_cache(inputs, **options).prefill(*inputs)
+    cache, outputs = make_cache(inputs, **options), []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for start in range(0, 800, 160):
+            outputs.append(cache.prefill(*(x[:, start : start + 160] for x in inputs)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    token = [x[:, 800:801].clone() for x in inputs]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        cache.fork().decode(*token)  # compile
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step = cache.decode(*token)
+        with pytest.raises(NotImplementedError, match="prefill cannot be captured"):
+            cache.prefill(*token)
+    for i in range(800, 850):
+        for held, x in zip(token, inputs, strict=True):
+            held.copy_(x[:, i : i + 1])
+        graph.replay()
+        outputs.append(step.clone())
+    assert cache.lengths_on_host() == [850, 850]
+    outputs.append(cache.prefill(*(x[:, 850:] for x in inputs)))
+    assert (torch.cat(outputs, dim=1) - whole).abs().max() < 2e-2
+
+
 def test_a_cache_moves_between_devices_by_its_file(tmp_path):
     inputs = make_inputs(200, 4, 2, 64, torch.float32, 2)
     cache = make_cache(inputs, topk=16, window=16, stride=16)

@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_gpu import gpt, megatron_on_cuda  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("megatron_on_cuda")]
 
+HERE = Path(__file__).resolve().parent
 PROMPTS = [list(range(40)), [3], [7, 8] * 60, list(range(90, 0, -1))]
 LONGEST = 320
 
@@ -57,3 +64,29 @@ def test_the_static_engine_of_megatron_generates_from_the_caches():
         assert (
             logits.max(1).values - chosen < 2e-2 * logits.abs().max()
         ).all()  # ties within bfloat16 may swap
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensor_parallel_steps_are_captured_with_their_communication():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, str(HERE / "tensor_parallel_decode.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    got = json.loads(done.stdout.strip().splitlines()[-1])
+    assert got["captured"] and got["same_bits"]
+    assert max(got["errors"]) < 2e-2, got["errors"]

@@ -9,6 +9,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.inference import SparseKInferenceContext, cache_bytes, layer_caches
+from sparsek_megatron.inference_model import ModelDecoder
 
 LENGTH = 90
 
@@ -23,6 +24,7 @@ def one_process(request):
 
 
 def model(**changes):
+    torch.manual_seed(1)
     config = tiny_config(**changes.pop("config", {}))
     settings = SparseKConfig(**{"topk": 4, "window": 6, "stride": 8, **changes})
     return build_gpt(config, get_sparsek_layer_spec(config, sparsek=settings)).eval()
@@ -84,7 +86,7 @@ def test_rows_are_filled_where_the_context_says():
         context.batch_size_offset = first
         logits = generate(gpt, tokens[first:last], context, [30, 31])
         assert (logits - whole[first:last, [29, 30]]).abs().max() < 1e-5
-    assert layer_caches(context)[1].cache.lengths.tolist() == [31, 31, 31]
+    assert layer_caches(context)[1].lengths.tolist() == [31, 31, 31]
 
 
 def test_rows_of_different_lengths_step_together():
@@ -124,6 +126,46 @@ def test_what_a_constant_size_cache_cannot_do_is_refused_and_leaves_it_usable():
     expected = generate(gpt, tokens, again, [20, 21, 22])
     assert torch.equal(expected[:, :2], first)
     assert torch.equal(forward(gpt, tokens[:, 21:22], context, 21), expected[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": 5, "pool": 16}, "topk=4 for layer 1, and this model has topk=5"),
+        ({"stride": 16}, "stride=8 for layer 1, and this model has stride=16"),
+        ({"gate": "value"}, "gate=key_value for layer 1, and this model has gate=value"),
+        ({"config": {"kv_channels": 16}}, "head_dim=8 for layer 1, and this model has head_dim=16"),
+        (
+            {"config": {"params_dtype": torch.float16}},
+            r"dtype=torch.float32 for layer 1, and this model has dtype=torch.float16",
+        ),
+    ],
+)
+def test_the_caches_of_another_model_are_refused_and_stay_usable(change, message):
+    gpt, context = model(), StaticInferenceContext(2, 32)
+    tokens, _, _ = batch(22)
+    first = generate(gpt, tokens, context, [20, 21])
+    with pytest.raises(ValueError, match=f"inference_context holds a cache of {message}: make a new context"):
+        forward(model(**change), tokens[:, 21:], context, 21)
+    expected = generate(gpt, tokens, StaticInferenceContext(2, 32), [20, 21, 22])
+    assert torch.equal(torch.cat([first, forward(gpt, tokens[:, 21:], context, 21)], dim=1), expected)
+
+
+def test_learned_positions_end_where_the_model_says():
+    config = tiny_config()
+    spec = get_sparsek_layer_spec(config, sparsek=SparseKConfig(topk=4, window=6, stride=8))
+    gpt = build_gpt(config, spec, position_embedding_type="learned_absolute", max_sequence_length=40).eval()
+    with pytest.raises(
+        ValueError, match="max_sequence_length=41: the model has learned positions for 40 tokens"
+    ):
+        ModelDecoder(gpt, batch_size=2, max_sequence_length=41)
+    tokens, positions, _ = batch(40)
+    whole = gpt(tokens, positions, None)
+    decoder = ModelDecoder(gpt, batch_size=2, max_sequence_length=40)
+    logits = [decoder.prefill(tokens[:, :30].tolist()), *(decoder.step(tokens[:, i]) for i in range(30, 40))]
+    assert (torch.stack(logits, dim=1) - whole[:, 29:]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="a row already holds max_sequence_length=40 tokens"):
+        decoder.step(tokens[:, 0])
 
 
 def test_models_with_dense_layers_step_rows_of_one_length_only():

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from sparsek_kernels.attention.api import BACKENDS
 from sparsek_kernels.attention.chunk import AttentionState, sparsek_attention_chunk
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP
-from sparsek_kernels.cache.layout import Buffers, CacheSettings, read_state, write_state
+from sparsek_kernels.cache.file import read_file, write_file
+from sparsek_kernels.cache.layout import Buffers, CacheSettings
+from sparsek_kernels.cache.state import continued, read_state, write_state
 from sparsek_kernels.cache.torch_backend import append_torch, attend_torch
 from sparsek_kernels.cache.triton_backend import append_triton, attend_triton
 
 PREFILL_TOKENS = 65_536  # tokens (over the rows of a group) that one call of the attention kernels takes
-FORMAT = 1
+UNKNOWN = -1  # length of a row that captured steps may have moved on
 
 
 class SparseKCache:
@@ -78,9 +80,11 @@ class SparseKCache:
             dtype=dtype,
         )
         device = torch.empty(0, device=device).device  # "cuda" with its index
-        self._attach(settings, Buffers.allocate(settings, device), backend)
+        held = torch.zeros(batch_size, dtype=torch.int64)
+        self._attach(settings, Buffers.allocate(settings, device), held, backend)
 
-    def _attach(self, settings: CacheSettings, buffers: Buffers, backend: str) -> None:
+    def _attach(self, settings: CacheSettings, buffers: Buffers, held: torch.Tensor, backend: str) -> None:
+        """held: what the host knows of the rows' lengths, [b] int64; UNKNOWN stays so."""
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         device = buffers.key.device
@@ -93,12 +97,12 @@ class SparseKCache:
                 raise NotImplementedError(
                     f"head_dim is {settings.head_dim}; the triton backend has {HEAD_DIMS}"
                 )
-        self.settings, self.backend, self._buffers = settings, backend, buffers
+        self.settings, self.backend, self._buffers, self._held = settings, backend, buffers, held
 
     @classmethod
-    def _of(cls, settings: CacheSettings, buffers: Buffers, backend: str) -> SparseKCache:
+    def _of(cls, settings: CacheSettings, buffers: Buffers, held: torch.Tensor, backend: str) -> SparseKCache:
         cache = cls.__new__(cls)
-        cache._attach(settings, buffers, backend)
+        cache._attach(replace(settings, batch_size=len(held)), buffers, held, backend)
         return cache
 
     @property
@@ -115,16 +119,24 @@ class SparseKCache:
         """Tokens consumed by each row, [b] int32 on the cache's device."""
         return self._buffers.length[:, 0]
 
+    def lengths_on_host(self) -> list[int]:
+        """`lengths` as numbers. Waits for the device only where a captured graph may have stepped a row."""
+        held = self._held.tolist()
+        return self.lengths.tolist() if UNKNOWN in held else held
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _grow(self, counts: torch.Tensor | int) -> None:
+        self._held.add_((self._held != UNKNOWN) * counts)
+
     def rows(self, start: int, stop: int) -> SparseKCache:
         """The cache of rows start ... stop - 1; it shares this cache's memory."""
         size = self.settings.batch_size
         if not 0 <= start < stop <= size:
             raise ValueError(f"rows {start} ... {stop - 1} are not within the cache's {size} rows")
-        return self._of(self._resized(stop - start), self._buffers.map(lambda x: x[start:stop]), self.backend)
-
-    def _resized(self, batch_size: int) -> CacheSettings:
-        values = {name: getattr(self.settings, name) for name in CacheSettings.__dataclass_fields__}
-        return CacheSettings(**{**values, "batch_size": batch_size})
+        part = self._buffers.map(lambda x: x[start:stop])
+        return self._of(self.settings, part, self._held[start:stop], self.backend)
 
     def fork(self, rows: Sequence[int] | None = None) -> SparseKCache:
         """An independent copy whose row i is this cache's row `rows[i]` (any number of them; None copies all in order).
@@ -137,48 +149,26 @@ class SparseKCache:
             raise ValueError(
                 f"rows must name at least one of the cache's rows 0 ... {size - 1}, got {chosen}"
             )
-        index = torch.tensor(chosen, device=self.device)
-        return self._of(
-            self._resized(len(chosen)), self._buffers.map(lambda x: x.index_select(0, index)), self.backend
-        )
+        index = torch.tensor(chosen)
+        copy = self._buffers.map(lambda x: x.index_select(0, index.to(self.device)))
+        return self._of(self.settings, copy, self._held[index], self.backend)
 
     def reset(self) -> None:
         """Forget every row's sequence, in place: captured graphs stay valid. For some rows: `rows(a, b).reset()`."""
-        self._buffers.clear(self.settings.topk)
+        self._buffers.clear()
+        self._held.clamp_(max=0)  # UNKNOWN is below
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write settings and buffers to a file, which appears complete or not at all."""
-        values = {name: getattr(self.settings, name) for name in CacheSettings.__dataclass_fields__}
-        # Copies: what is saved of a view would be the whole memory behind it.
-        buffers = {name: tensor.clone() for name, tensor in self._buffers.tensors().items()}
-        content = {"format": FORMAT, "settings": values, "buffers": buffers}
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        try:
-            torch.save(content, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path, self.settings, self._buffers)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", backend: str = "auto"
     ) -> SparseKCache:
         """A cache from a file of `save`. Executes nothing from the file. Raises ValueError where it is no such file."""
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-            settings, buffers = CacheSettings(**content["settings"]), Buffers(**content["buffers"])
-            expected = Buffers.allocate(settings, torch.device("meta")).tensors()
-            for name, tensor in buffers.tensors().items():
-                if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-        except FileNotFoundError:
-            raise
-        except Exception as err:
-            reason = " ".join(str(err).split())[:200]
-            raise ValueError(f"{os.fspath(path)} is not a saved SparseKCache ({reason})") from err
-        return cls._of(settings, buffers, backend)
+        settings, buffers = read_file(path, device)
+        return cls._of(settings, buffers, buffers.length[:, 0].to("cpu", torch.int64), backend)
 
     @torch.no_grad()
     def prefill(
@@ -194,12 +184,15 @@ class SparseKCache:
 
         query [b, s, hq, d], key and value [b, s, hkv, d] in the cache's dtype, scores [b, s, hkv] fp32. lengths: how
         many of the s tokens of each row are its own; the rest (padding on the right) is not read, its output is 0.
-        Reads the rows' lengths, hence synchronises. Memory beyond the arguments and the output does not grow with s;
-        feed a long prompt in pieces to bound those too.
+        Waits for the device only where a captured graph may have stepped a row before. Memory beyond the arguments and
+        the output does not grow with s; feed a long prompt in pieces to bound those too.
 
-        Raises ValueError for tensors that do not fit the cache; it is then unchanged.
+        Raises ValueError for tensors that do not fit the cache, NotImplementedError inside a CUDA graph's capture
+        (launches depend on the lengths); the cache is then unchanged.
         """
         self._check(query, key, value, scores)
+        if self._capturing():
+            raise NotImplementedError("prefill cannot be captured in a CUDA graph: capture decode")
         batch, tokens = query.shape[:2]
         counts = [tokens] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or not all(0 <= n <= tokens for n in counts):
@@ -207,19 +200,21 @@ class SparseKCache:
                 f"lengths must hold {batch} numbers between 0 and the {tokens} tokens given, got {counts}"
             )
         groups: dict[tuple[int, int], list[int]] = {}
-        for row, (past, count) in enumerate(zip(self.lengths.tolist(), counts, strict=True)):
+        for row, (past, count) in enumerate(zip(self.lengths_on_host(), counts, strict=True)):
             groups.setdefault((past, count), []).append(row)
         finished = []
         for (past, count), chosen in groups.items():
             if count:
                 rows = None if len(chosen) == batch else torch.tensor(chosen, device=self.device)
-                finished.append((rows, *self._continue(rows, (query, key, value, scores), past, count)))
-        for rows, _, state in finished:  # nothing is stored before everything has been computed
-            self._store(rows, state)
+                part, state = self._continue(rows, (query, key, value, scores), past, count)
+                finished.append((rows, part, state, past + count))
+        for rows, _, state, length in finished:  # nothing is stored before everything has been computed
+            self._store(rows, state, length)
+        self._grow(torch.tensor(counts))
         if min(counts) == tokens and len(finished) == 1:
             return finished[0][1]
         out = query.new_zeros(query.shape)
-        for rows, part, _ in finished:
+        for rows, part, _, _ in finished:
             out[slice(None) if rows is None else rows, : part.shape[1]] = part
         return out
 
@@ -236,6 +231,8 @@ class SparseKCache:
         state = read_state(self._select(rows), settings, past) if past else None
         outputs = []
         for piece in zip(*(x.split(max(PREFILL_TOKENS // len(x), 1), dim=1) for x in chosen), strict=True):
+            if outputs:
+                state = continued(state, settings, past)
             out, state = sparsek_attention_chunk(
                 *piece,
                 topk=settings.topk,
@@ -247,13 +244,14 @@ class SparseKCache:
                 state=state,
                 backend=self.backend,
             )
+            past += piece[0].shape[1]
             outputs.append(out)
         assert state is not None
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
 
-    def _store(self, rows: torch.Tensor | None, state: AttentionState) -> None:
+    def _store(self, rows: torch.Tensor | None, state: AttentionState, length: int) -> None:
         buffers = self._select(rows)
-        write_state(buffers, self.settings, state)
+        write_state(buffers, self.settings, state, length)
         if rows is not None:
             for name, tensor in buffers.tensors().items():
                 getattr(self._buffers, name)[rows] = tensor
@@ -280,37 +278,17 @@ class SparseKCache:
             (append_triton, attend_triton) if self.backend == "triton" else (append_torch, attend_torch)
         )
         append(self._buffers, self.settings, key, value, scores[:, 0])
+        if self._capturing():
+            self._held.fill_(UNKNOWN)  # for good: a replay asks nobody here
+        self._grow(1)
         return attend(self._buffers, self.settings, query)[:, None]
 
     def _check(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
     ) -> None:
-        settings = self.settings
-        batch, tokens = (query.shape[0], query.shape[1]) if query.dim() == 4 else (0, 0)
-        wanted = (settings.batch_size, tokens, settings.num_kv_heads, settings.head_dim)
-        if query.dim() != 4 or batch != settings.batch_size or query.shape[3] != settings.head_dim:
-            raise ValueError(
-                f"query has shape {tuple(query.shape)}; this cache takes [{settings.batch_size}, s, hq, "
-                f"{settings.head_dim}]"
-            )
-        if tokens == 0:
-            raise ValueError("query has no tokens (s = 0)")
-        group, rest = divmod(query.shape[2], settings.num_kv_heads)
-        if rest or not group:
-            raise ValueError(f"query has {query.shape[2]} heads, not a multiple of the cache's {wanted[2]}")
+        self.settings.check(query, key, value, scores, self.device)
+        group = query.shape[2] // self.settings.num_kv_heads
         if self.backend == "triton" and group > MAX_GROUP:
             raise NotImplementedError(
                 f"query has {group} heads per key head; the triton backend has up to {MAX_GROUP}"
             )
-        for name, x, shape, dtype in (
-            ("query", query, query.shape, settings.dtype),
-            ("key", key, wanted, settings.dtype),
-            ("value", value, wanted, settings.dtype),
-            ("scores", scores, wanted[:3], torch.float32),
-        ):
-            if tuple(x.shape) != tuple(shape):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; this cache takes {tuple(shape)}")
-            if x.dtype != dtype:
-                raise ValueError(f"{name} has dtype {x.dtype}; this cache takes {dtype}")
-            if x.device != self.device:
-                raise ValueError(f"{name} is on {x.device}; this cache is on {self.device}")

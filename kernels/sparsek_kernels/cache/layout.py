@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings and buffers of a cache, and their exchange with `AttentionState`.
+"""Settings and buffers of a cache.
 
 Legend (the symbols of `kernels/README.md`):
 
@@ -19,9 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from sparsek_kernels.attention.api import GATES
-from sparsek_kernels.attention.chunk import AttentionState
-from sparsek_kernels.selection import SelectionState
-from sparsek_kernels.selection.threshold import MAX_POOL, join, split
+from sparsek_kernels.selection.threshold import MAX_POOL
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -75,6 +73,38 @@ class CacheSettings:
         """No selected gate is below this (kernels/README.md)."""
         return 1.0 / (self.pool - self.topk + 1)
 
+    def check(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: torch.Tensor,
+        device: torch.device,
+    ) -> None:
+        """Raises ValueError where the tensors of a call do not fit a cache on `device`, naming one."""
+        if query.dim() != 4 or query.shape[0] != self.batch_size or query.shape[3] != self.head_dim:
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}; this cache takes [{self.batch_size}, s, hq, {self.head_dim}]"
+            )
+        tokens, heads = query.shape[1:3]
+        if tokens == 0:
+            raise ValueError("query has no tokens (s = 0)")
+        if heads == 0 or heads % self.num_kv_heads:
+            raise ValueError(f"query has {heads} heads, not a multiple of the cache's {self.num_kv_heads}")
+        wanted = (self.batch_size, tokens, self.num_kv_heads, self.head_dim)
+        for name, x, shape, dtype in (
+            ("query", query, tuple(query.shape), self.dtype),
+            ("key", key, wanted, self.dtype),
+            ("value", value, wanted, self.dtype),
+            ("scores", scores, wanted[:3], torch.float32),
+        ):
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; this cache takes {shape}")
+            if x.dtype != dtype:
+                raise ValueError(f"{name} has dtype {x.dtype}; this cache takes {dtype}")
+            if x.device != device:
+                raise ValueError(f"{name} is on {x.device}; this cache is on {device}")
+
 
 @dataclass(frozen=True)
 class Buffers:
@@ -112,7 +142,7 @@ class Buffers:
             threshold=new(2, dtype=torch.float32),
             length=new(dtype=torch.int32),
         )
-        buffers.clear(settings.topk)
+        buffers.clear()
         return buffers
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -121,59 +151,13 @@ class Buffers:
     def map(self, function) -> Buffers:
         return Buffers(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
-    def clear(self, topk: int) -> None:
+    def clear(self) -> None:
         """Forget everything, in place. Keys and values are zeroed: a masked row must not hold NaN."""
         self.key.zero_()
         self.value.zero_()
         self.score.fill_(float("-inf"))
         self.pool.fill_(float("-inf"))
-        self.place.copy_(torch.arange(topk, device=self.place.device))
+        self.place.copy_(torch.arange(self.place.shape[-1], device=self.place.device))
         self.threshold.zero_()
         self.threshold[..., 0] = float("-inf")
         self.length.zero_()
-
-
-def read_state(buffers: Buffers, settings: CacheSettings, length: int) -> AttentionState:
-    """`AttentionState` of rows that have all consumed `length` tokens, at least 1. Copies.
-
-    The state's pool positions only tell members apart and order ties, and no member of the pool is as recent as a token
-    that has not been offered yet. So a member's rank serves as its position.
-    """
-    recent = settings.ring - 1
-    position = torch.arange(length - recent, length, device=buffers.length.device)
-    ring = settings.topk + position % settings.ring
-    place = buffers.place.long()
-
-    def rows(x: torch.Tensor) -> torch.Tensor:
-        chosen = x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
-        last = x[:, :, ring].masked_fill((position < 0)[:, None], 0)
-        return torch.cat([chosen, last], dim=2).transpose(1, 2)
-
-    rank = torch.arange(settings.pool, dtype=torch.int32, device=position.device)
-    selection = SelectionState(
-        length=length,
-        pool_scores=buffers.pool.clone(),
-        pool_index=torch.where(buffers.pool == float("-inf"), -1, rank),
-        recent_scores=buffers.score[:, :, ring].masked_fill(position < 0, float("-inf")),
-        threshold=join(buffers.threshold[..., 0], buffers.threshold[..., 1]),
-    )
-    return AttentionState(selection, rows(buffers.key), rows(buffers.value))
-
-
-def write_state(buffers: Buffers, settings: CacheSettings, state: AttentionState) -> None:
-    """Replace what `buffers` hold by `state`, in place."""
-    topk, selection = settings.topk, state.selection
-    position = torch.arange(
-        selection.length - (settings.ring - 1), selection.length, device=buffers.length.device
-    )
-    ring = topk + position % settings.ring
-    for target, rows in ((buffers.key, state.key), (buffers.value, state.value)):
-        rows = rows.transpose(1, 2)
-        target[:, :, :topk] = rows[:, :, :topk]
-        target[:, :, ring] = rows[:, :, topk:]
-    buffers.score[..., :topk] = selection.pool_scores[..., :topk]
-    buffers.score[..., ring] = selection.recent_scores
-    buffers.pool.copy_(selection.pool_scores)
-    buffers.place.copy_(torch.arange(topk, device=buffers.place.device))
-    buffers.threshold.copy_(torch.stack(split(selection.threshold), dim=-1))
-    buffers.length.fill_(selection.length)
