@@ -39,6 +39,7 @@ FIELDS: tuple[str, ...] = (
 HOST_BOUND_TOKENS = (
     131_072  # below this, calls one by one would wait for the host: a graph is captured, as for SparseK
 )
+PREFILL_REPEATS = 9
 DENSE = {
     "cuDNN": (SDPBackend.CUDNN_ATTENTION, False),
     "cuDNN, packed group": (SDPBackend.CUDNN_ATTENTION, True),
@@ -191,7 +192,7 @@ def dense(args: argparse.Namespace, context: int, batch: int) -> Iterator[dict[s
                     f"{name}, context {context}, batch {batch}: not capturable, timed call by call",
                     flush=True,
                 )
-        repeat = max(1, 2000 // layers // max(1, context * batch // 65_536))
+        repeat = max(1, round(30_000 / elapsed(once)))
 
         def run(once: Callable[[], object] = once, repeat: int = repeat) -> None:
             for _ in range(repeat):
@@ -201,23 +202,31 @@ def dense(args: argparse.Namespace, context: int, batch: int) -> Iterator[dict[s
         yield row(name, context, batch, layers, us, size * args.layers, size * args.layers * batch)
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(args: argparse.Namespace, path: Path) -> None:
+    """Write one row of results after the other: SparseK's, then dense attention's, with prefill in between."""
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {copy_bandwidth():.2f} TB/s read + write",
         flush=True,
     )
-    print(" ".join(FIELDS), flush=True)
-    results = []
-    for batch in args.batch_sizes:
-        for context in args.contexts:
-            found = [sparsek(args, context, batch)]
-            if not args.no_dense:
-                found += dense(args, context, batch)
-            for result in found:
-                print(*result.values(), flush=True)
-            results += found
+    cells = [(batch, context) for batch in args.batch_sizes for context in args.contexts]
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, FIELDS)
+        writer.writeheader()
+
+        def add(result: dict[str, object]) -> None:
+            print(*result.values(), flush=True)
+            writer.writerow(result)
+            stream.flush()
+
+        print(" ".join(FIELDS), flush=True)
+        for batch, context in cells:
+            add(sparsek(args, context, batch))
+        if args.prefill_lengths:
+            measure_prefill(args)
+        for batch, context in cells if not args.no_dense else ():
+            for result in dense(args, context, batch):
+                add(result)
             torch.cuda.empty_cache()
-    return results
 
 
 def copy_bandwidth() -> float:
@@ -231,14 +240,22 @@ def copy_bandwidth() -> float:
 def measure_prefill(args: argparse.Namespace) -> None:
     """Print the time of one layer's attention over prompts of growing length, one sequence."""
     piece = random_tokens(args, 1, args.prefill_piece)
-    prefill(args, new_cache(args), 2 * args.prefill_piece, piece)
-    print("prefill of one layer: tokens, ms, us per 1,000 tokens, peak GiB", flush=True)
+    for _ in range(2):
+        prefill(args, new_cache(args), 3 * args.prefill_piece, piece)
+    print(
+        f"prefill of one layer in pieces of {args.prefill_piece}: tokens, ms (median, least ... most of "
+        f"{PREFILL_REPEATS}), us per 1,000 tokens, peak GiB",
+        flush=True,
+    )
     for tokens in args.prefill_lengths:
-        caches = [new_cache(args) for _ in range(3)]
+        caches = [new_cache(args) for _ in range(PREFILL_REPEATS)]
         torch.cuda.reset_peak_memory_stats()
-        ms = statistics.median(elapsed(lambda c=c: prefill(args, c, tokens, piece)) for c in caches) * 1e-3  # noqa: B023
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"{tokens} {ms:.2f} {ms / tokens * 1e6:.1f} {peak:.2f}", flush=True)
+        ms = sorted(elapsed(lambda c=c: prefill(args, c, tokens, piece)) * 1e-3 for c in caches)  # noqa: B023
+        median, peak = statistics.median(ms), torch.cuda.max_memory_allocated() / 2**30
+        print(
+            f"{tokens} {median:.2f} ({ms[0]:.2f} ... {ms[-1]:.2f}) {median / tokens * 1e6:.1f} {peak:.2f}",
+            flush=True,
+        )
 
 
 def plot(results: list[dict[str, str]], path: Path) -> None:
@@ -293,13 +310,7 @@ def main(argv: list[str]) -> None:
     source = Path(args.from_csv) if args.from_csv else output.with_suffix(".csv")
     if args.from_csv is None:
         torch.manual_seed(0)
-        results = measure(args)
-        with open(source, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, FIELDS)
-            writer.writeheader()
-            writer.writerows(results)
-        if args.prefill_lengths:
-            measure_prefill(args)
+        measure(args, source)
     if not args.no_plot:
         if not source.is_file():
             raise UserError(f"--from-csv {source}: no such file")
