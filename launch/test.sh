@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Install what the tests need and run every test that needs no GPU. Arguments go to pytest.
+# Install what the tests need and run every test that needs no GPU, two at a time. Arguments go to pytest (-n 0: one at
+# a time, in one process).
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_installed dev
-exec python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two tests at a time, of several processes each
+exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
