@@ -37,8 +37,8 @@ from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
 from sparsek_megatron.specs import to_sparsek
 
 COLUMNS: tuple[str, ...] = (
-    "side", "tp", "cp", "tokens", "step_ms", "tokens_per_s", "tokens_per_s_per_gpu", "exposed_communication_ms",
-    "scoring_ms", "peak_gib", "received_mib", "by_collective",
+    "side", "tp", "cp", "tokens", "layers", "recompute", "step_ms", "tokens_per_s", "tokens_per_s_per_gpu",
+    "exposed_communication_ms", "transfer_ms", "scoring_ms", "peak_gib", "received_mib", "by_collective",
 )  # fmt: skip
 
 
@@ -177,10 +177,16 @@ def elapsed(step: Callable[[], None], device: torch.device, repeats: int) -> flo
     return statistics.median(times)
 
 
-def exposed_communication(step: Callable[[], None], device: torch.device) -> float | None:
-    """Milliseconds of one step in which an NCCL kernel runs and no other; None on CPU."""
+def communication(step: Callable[[], None], device: torch.device) -> tuple[float | None, float | None]:
+    """Milliseconds of one profiled step: (an NCCL kernel runs and no other, the collectives themselves).
+
+    None on CPU, and for the second where the profiler did not see the same collectives on all ranks.
+
+    A collective's kernel waits for the last rank to come. The shortest of all ranks' is the last one's, which waits
+    for nobody: the sum of these is what the collectives take themselves.
+    """
     if device.type == "cpu":
-        return None
+        return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -188,7 +194,12 @@ def exposed_communication(step: Callable[[], None], device: torch.device) -> flo
     for event in profile.events() or []:
         if event.device_type.name == "CUDA":
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    return (_covered(spans[True] + spans[False]) - _covered(spans[False])) / 1e3
+    exposed = _covered(spans[True] + spans[False]) - _covered(spans[False])
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, [end - start for start, end in sorted(spans[True])])
+    if len({len(lengths) for lengths in every}) > 1:
+        return exposed / 1e3, None
+    return exposed / 1e3, sum(min(lengths) for lengths in zip(*every, strict=True)) / 1e3
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
@@ -238,7 +249,7 @@ def measure(
     if side == "sparsek":
         score()
         scoring = elapsed(score, device, args.steps) * args.layers
-    exposed = exposed_communication(step, device)
+    exposed, transfer = communication(step, device)
     with CollectiveTraffic() as traffic:
         step()
     largest = torch.tensor([milliseconds, scoring, exposed or 0.0, peak], device=device)
@@ -251,10 +262,13 @@ def measure(
         "tp": tp,
         "cp": cp,
         "tokens": tokens,
+        "layers": args.layers,
+        "recompute": args.recompute,
         "step_ms": round(milliseconds, 2),
         "tokens_per_s": round(rate),
         "tokens_per_s_per_gpu": round(rate / (tp * cp)),
         "exposed_communication_ms": "not measured" if exposed is None else round(slowest, 2),
+        "transfer_ms": "not measured" if transfer is None else round(transfer, 2),
         "scoring_ms": round(scoring, 3),
         "peak_gib": round(peak, 2),
         "received_mib": round(traffic.total / 2**20, 2),

@@ -2,7 +2,7 @@
 """Which (tp, cp, pp, dp, ZeRO stage) to train a long-context model with, by a cost model: a table, and why.
 
     python examples/plan_parallelism.py --models 7B 70B 405B --gpus 8 64 512 4096 --tokens 131072 1048576 16777216
-    python examples/plan_parallelism.py --calibrate scaling/results.csv --layers 2   # measured steps first
+    python examples/plan_parallelism.py --calibrate scaling/results.csv   # measured steps first
 
 The model is `sparsek_megatron.planning`; nothing here has been run at the sizes that it predicts.
 """
@@ -31,10 +31,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--calibrate", type=Path, help="results.csv of examples/benchmark_scaling.py on such GPUs"
     )
-    parser.add_argument("--layers", type=int, default=2, help="layers that those results were measured with")
-    parser.add_argument(
-        "--recompute", action="store_true", help="those results were measured with --recompute"
-    )
     parser.add_argument("--fast-gb", type=float, default=H200.fast / 1e9, help="GB/s per GPU within a node")
     parser.add_argument("--slow-gb", type=float, default=H200.slow / 1e9, help="GB/s per GPU between nodes")
     return parser.parse_args()
@@ -43,9 +39,11 @@ def parse() -> argparse.Namespace:
 def calibrated(args: argparse.Namespace, machine: Machine) -> Machine:
     """The machine fitted to measured steps, with its error at each of them printed."""
     rows = list(csv.DictReader(args.calibrate.open(newline="")))
-    shape = dataclasses.replace(MODELS["7B"], layers=args.layers)
-    fitted, compared = calibrate(rows, shape, machine, recompute=args.recompute)
-    print(f"calibrated: matrix products at {fitted.matmul:.0%} of {machine.peak / 1e12:.0f} TFLOP/s")
+    fitted, compared = calibrate(rows, MODELS["7B"], machine)
+    print(
+        f"calibrated: matrix products at {fitted.matmul:.0%} of {machine.peak / 1e12:.0f} TFLOP/s, "
+        f"{fitted.fast / 1e9:.0f} GB/s within a node, {fitted.exchange * 1e3:.2f} ms a collective of an exchange"
+    )
     for name, measured, predicted in compared:
         print(f"  {name}: measured {measured * 1e3:.1f} ms, predicted {predicted * 1e3:.1f} ms "
               f"({predicted / measured - 1:+.1%})")  # fmt: skip

@@ -118,9 +118,9 @@ def estimate(model: Model, run: Run, layout: Layout, machine: Machine) -> Cost:
     once = own * (FP32 + BF16) if layout.zero < 3 else own * (FP32 + 2 * BF16) * micro_batches
     data = once * (sharers - 1) / sharers
 
-    def seconds(size: float, span: int, collectives: float) -> float:
+    def seconds(size: float, span: int, collectives: float, each: float = machine.latency) -> float:
         """Of `size` bytes over groups that reach over `span` neighbouring GPUs."""
-        return size / (machine.fast if span <= machine.node else machine.slow) + collectives * machine.latency
+        return size / (machine.fast if span <= machine.node else machine.slow) + collectives * each
 
     inner = layout.tp * layout.cp
     calls = micro_batches * layers
@@ -128,7 +128,9 @@ def estimate(model: Model, run: Run, layout: Layout, machine: Machine) -> Cost:
         compute=compute,
         bubble=compute * (layout.pp - 1) / micro_batches,
         tensor=seconds(tensor, layout.tp, 14 * calls) if layout.tp > 1 else 0.0,
-        context=seconds(context, inner, 3 * (forwards + 1) * calls) if layout.cp > 1 else 0.0,
+        context=seconds(context, inner, 3 * (forwards + 1) * calls, machine.exchange)
+        if layout.cp > 1
+        else 0.0,
         pipeline=seconds(pipeline, layout.gpus, 4 * micro_batches) if layout.pp > 1 else 0.0,
         data=seconds(data, layout.gpus, 2 * layers) if sharers > 1 else 0.0,
         received={"tensor": tensor, "context": context, "pipeline": pipeline, "data": data},

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsek_megatron.planning.cost import Cost, estimate, layer_flops, tensor_bytes
+import numpy as np
+
+from sparsek_megatron.planning.cost import Cost, estimate
 from sparsek_megatron.planning.shapes import Layout, Machine, Model, Run
 
 
@@ -61,45 +63,51 @@ def best_layout(model: Model, run: Run, gpus: int, machine: Machine) -> Plan | N
     return min(fitting, key=rank, default=None)
 
 
-def layer_seconds(
-    model: Model, tokens: int, tp: int, cp: int, machine: Machine, *, recompute: bool
-) -> tuple[float, float]:
-    """(seconds in matrix products at peak efficiency 1, all other seconds) of forward and backward of all layers of
-    one sequence: what `examples/benchmark_scaling.py` measures.
-    """
+def layer_seconds(model: Model, tokens: int, tp: int, cp: int, machine: Machine, *, recompute: bool) -> float:
+    """Seconds of forward and backward of all layers on one sequence: what `examples/benchmark_scaling.py` measures."""
     layout = Layout(tp, cp, 1, 1, recompute=recompute)
-    alone = dataclasses.replace(model, vocabulary=0)
-    cost = estimate(alone, Run(tokens, tokens), layout, dataclasses.replace(machine, matmul=1.0))
-    products = (
-        layer_flops(model, tokens)[0] / (tp * cp) * (4 if recompute else 3) * model.layers / machine.peak
-    )
-    return products, cost.compute - products + cost.tensor + cost.context
+    return estimate(dataclasses.replace(model, vocabulary=0), Run(tokens, tokens), layout, machine).seconds
+
+
+def _with_constants(machine: Machine, constants: Sequence[float]) -> Machine:
+    """The machine with (1 / matmul, 1 / fast, exchange): seconds of a step are linear in these."""
+    matmul, fast = (float("inf") if x == 0 else 1 / x for x in constants[:2])
+    return dataclasses.replace(machine, matmul=matmul, fast=fast, exchange=constants[2])
 
 
 def calibrate(
-    rows: Sequence[Mapping[str, str]], model: Model, machine: Machine, *, recompute: bool
+    rows: Sequence[Mapping[str, str]], model: Model, machine: Machine
 ) -> tuple[Machine, list[tuple[str, float, float]]]:
-    """The machine with `matmul` fitted to one-GPU rows of benchmark_scaling's results.csv, and for every row
-    (name, measured seconds, predicted seconds); rows of more GPUs were not used for the fit.
+    """The machine with `matmul`, `fast` and `exchange` fitted to benchmark_scaling's results.csv by least squares of
+    relative errors, and for every row (name, measured seconds, predicted seconds). A constant that no row depends on
+    (`exchange` without context parallelism) keeps its value. model: any number of layers, each row has its own.
 
     Raises ValueError where there is no row of one GPU.
     """
     measured = [row for row in rows if row["side"] == "sparsek" and row["step_ms"] != "out of memory"]
-    inverse = []
-    for row in measured:
-        if row["tp"] == row["cp"] == "1":
-            products, rest = layer_seconds(model, int(row["tokens"]), 1, 1, machine, recompute=recompute)
-            inverse.append((float(row["step_ms"]) / 1e3 - rest) / products)
-    if not inverse:
+    if not any(row["tp"] == row["cp"] == "1" for row in measured):
         raise ValueError("results.csv has no sparsek row of one GPU (tp = cp = 1): measure --meshes 1x1 too")
-    fitted = dataclasses.replace(machine, matmul=len(inverse) / sum(inverse))
-    answer = []
-    for row in measured:
-        tp, cp, tokens = (int(row[name]) for name in ("tp", "cp", "tokens"))
-        products, rest = layer_seconds(model, tokens, tp, cp, machine, recompute=recompute)
-        name = f"TP={tp} CP={cp}, {tokens:,} tokens"
-        answer.append((name, float(row["step_ms"]) / 1e3, products / fitted.matmul + rest))
-    return fitted, answer
+
+    def predicted(row: Mapping[str, str], on: Machine) -> float:
+        tokens, tp, cp = (int(row[name]) for name in ("tokens", "tp", "cp"))
+        shape = dataclasses.replace(model, layers=int(row["layers"]))
+        return layer_seconds(shape, tokens, tp, cp, on, recompute=row["recompute"] == "True")
+
+    seconds = np.array([float(row["step_ms"]) / 1e3 for row in measured])
+    constants = np.array([1 / machine.matmul, 1 / machine.fast, machine.exchange])
+    rest = np.array([predicted(row, _with_constants(machine, (0, 0, 0))) for row in measured])
+    columns = [
+        [predicted(row, _with_constants(machine, unit.tolist())) for row in measured] - rest
+        for unit in np.eye(3)
+    ]
+    used = [i for i, column in enumerate(columns) if column.any()]
+    products = np.stack([columns[i] for i in used], axis=1)
+    constants[used] = np.linalg.lstsq(products / seconds[:, None], (seconds - rest) / seconds, rcond=None)[0]
+    fitted = _with_constants(machine, [float(x) for x in constants])
+    return fitted, [
+        (f"TP={row['tp']} CP={row['cp']}, {int(row['tokens']):,} tokens", float(time), predicted(row, fitted))
+        for row, time in zip(measured, seconds, strict=True)
+    ]
 
 
-__all__ = ["Plan", "best_layout", "calibrate", "layer_seconds", "layouts", "tensor_bytes"]
+__all__ = ["Plan", "best_layout", "calibrate", "layer_seconds", "layouts"]

@@ -62,6 +62,8 @@ class Machine:
     node              GPUs that share the fast link
     fast, slow        bytes/s that one GPU receives within a node, and from other nodes
     latency           seconds that a collective takes beside its bytes
+    exchange          the same of each collective of a context-parallel exchange, with the small kernels around it and
+                      the wait for the other ranks (calibrated)
     """
 
     peak: float
@@ -73,9 +75,11 @@ class Machine:
     fast: float
     slow: float
     latency: float = 2e-5
+    exchange: float = 1e-3
 
 
-# Peak and memory from the data sheet; attention measured. `matmul` and the links are assumptions until calibrated.
+# Peak and memory from the data sheet; attention measured; `matmul`, `fast` and `exchange` fitted to two GPUs
+# (examples/benchmark_scaling.md). `slow` and `latency` are assumptions.
 H200 = Machine(
     peak=989e12,
     matmul=0.65,
