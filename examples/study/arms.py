@@ -33,6 +33,7 @@ class Arm:
     fixed_slope   the position slope is this constant instead of learned
     start         name of an arm of the same table whose trained weights this arm starts from
     part_of_steps  fraction of the table's steps that this arm trains for
+    rate          multiplier of the table's learning rate
     """
 
     name: str
@@ -43,6 +44,7 @@ class Arm:
     fixed_slope: float | None = None
     start: str | None = None
     part_of_steps: float = 1.0
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scores not in SCORES:
@@ -53,18 +55,19 @@ class Arm:
 class Model:
     """Size of the model; RMSNorm, SwiGLU, RoPE, tied embeddings."""
 
-    num_layers: int = 6
+    num_layers: int = 4
     hidden_size: int = 256
     ffn_hidden_size: int = 704
     num_attention_heads: int = 4
     num_query_groups: int = 2
+    init_method_std: float = 0.02
 
 
 @dataclass(frozen=True)
 class Table:
     """Arms that train on the same batches.
 
-    data            "text", "passkey", "recall", "recall_many", "genome" or "series" (`data.py`)
+    data            "text", "passkey", "recall", "recall_many", "lookup", "genome" or "series" (`data.py`)
     eval_lengths    lengths that the trained model is evaluated at; none means the training length
     evaluation_tokens  held-out tokens of each evaluation
     far             positions from here on count as "beyond the window"
@@ -79,7 +82,7 @@ class Table:
     learning_rate: float = 2e-3
     model: Model = dataclasses.field(default_factory=Model)
     eval_lengths: tuple[int, ...] = ()
-    evaluation_tokens: int = 131_072
+    evaluation_tokens: int = 1_048_576
     far: int = 1024
 
 
@@ -118,22 +121,23 @@ def equal_budget(topk: int, window: int, stride: int) -> tuple[Arm, ...]:
     return (
         *baselines(topk, window, stride),
         *gates,
+        learned("SparseK key_value, scorer rate x 0.1", topk, window, stride, scorer_lr_mult=0.1),
         learned("SparseK hard", topk, window, stride, hard_selection=True),
     )
 
 
 def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tuple[Arm, ...]:
-    """SparseK of 256 + 256 keys with one setting varied."""
+    """SparseK of 128 + 128 keys with one setting varied."""
     arms = []
     for value in values:
-        settings = {"topk": 256, "window": 256, "stride": 64, key: value}
+        settings = {"topk": 128, "window": 128, "stride": 64, key: value}
         arms.append(learned(f"{label or key} {value}", **settings))  # pyright: ignore[reportArgumentType]
     return tuple(arms)
 
 
-DEFAULT = learned("default", 256, 256, 64)
-SMALL = Model(num_layers=2, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2, num_query_groups=2)
+DEFAULT = learned("default", 128, 128, 64)
 RECALL = equal_budget(32, 32, 8)
+SMALL = Model(2, 128, 256, 2, 2, init_method_std=0.08)
 
 
 def recall_table(title: str, data: str, length: int) -> Table:
@@ -143,72 +147,80 @@ def recall_table(title: str, data: str, length: int) -> Table:
         RECALL,
         data=data,
         length=length,
-        tokens_per_step=65_536,
-        steps=1500,
-        learning_rate=4e-3,
+        steps=2000,
+        learning_rate=8e-3,
         model=SMALL,
-        far=64,
+        evaluation_tokens=524_288,
+        far=128,
     )
 
 
 TABLES: dict[str, Table] = {
-    "budget_4k": Table("Equal budget of 512 keys at 4,096 tokens", equal_budget(256, 256, 64)),
+    "budget_4k": Table(
+        "Equal budget of 256 keys at 4,096 tokens",
+        equal_budget(128, 128, 64),
+        eval_lengths=(4096, 16_384, 65_536),
+    ),
     "budget_16k": Table(
-        "Equal budget of 1,024 keys at 16,384 tokens",
-        equal_budget(512, 512, 64),
+        "Equal budget of 512 keys at 16,384 tokens",
+        equal_budget(256, 256, 64),
         length=16_384,
-        tokens_per_step=65_536,
         far=2048,
     ),
     "topk_window": Table(
-        "topk against window at 512 keys",
-        tuple(learned(f"{k} + {512 - k}", k, 512 - k, 64) for k in (64, 128, 256, 384, 448)),
+        "topk against window at 256 keys",
+        tuple(learned(f"{k} + {256 - k}", k, 256 - k, 64) for k in (32, 64, 128, 192, 224)),
     ),
     "stride": Table("Stride", varied("stride", (1, 16, 64, 128))),
-    "pool": Table("Pool", varied("pool", (320, 512, 1024, 2048))),
+    "pool": Table("Pool", varied("pool", (160, 256, 512, 1024))),
     "spread": Table("Score spread at initialisation", varied("score_spread", (0.1, 0.3, 1.0, 3.0))),
     "scorer": Table(
         "Scorer",
         (
             DEFAULT,
-            learned("mlp", 256, 256, 64, scorer="mlp"),
-            learned("from keys", 256, 256, 64, scores="keys"),
-            learned("detached", 256, 256, 64, detach_hidden=True),
-            learned("learning rate x 0.3", 256, 256, 64, scorer_lr_mult=0.3),
-            learned("learning rate x 3", 256, 256, 64, scorer_lr_mult=3.0),
-            learned("own norm", 256, 256, 64, scorer_norm=True),
+            learned("mlp", 128, 128, 64, scorer="mlp"),
+            learned("from keys", 128, 128, 64, scores="keys"),
+            learned("detached", 128, 128, 64, detach_hidden=True),
+            learned("learning rate x 0.3", 128, 128, 64, scorer_lr_mult=0.3),
+            learned("learning rate x 3", 128, 128, 64, scorer_lr_mult=3.0),
+            learned("own norm", 128, 128, 64, scorer_norm=True),
         ),
     ),
     "slope": Table(
         "Position slope",
         (
             DEFAULT,
-            learned("off", 256, 256, 64, position_slope=False),
-            learned("fixed 4", 256, 256, 64, fixed_slope=4.0),
-            learned("fixed -4", 256, 256, 64, fixed_slope=-4.0),
+            learned("off", 128, 128, 64, position_slope=False),
+            learned("fixed 4", 128, 128, 64, fixed_slope=4.0),
+            learned("fixed -4", 128, 128, 64, fixed_slope=-4.0),
         ),
     ),
     "layers": Table(
         "Dense layers mixed in, and shared selection",
         (
             DEFAULT,
-            learned("first dense", 256, 256, 64, full_layers=(0,)),
-            learned("last dense", 256, 256, 64, full_layers=(5,)),
-            learned("every third dense", 256, 256, 64, full_layers=(2, 5)),
-            learned("shared by KV heads", 256, 256, 64, shared=True),
+            learned("first dense", 128, 128, 64, full_layers=(0,)),
+            learned("last dense", 128, 128, 64, full_layers=(3,)),
+            learned("every second dense", 128, 128, 64, full_layers=(1, 3)),
+            learned("shared by KV heads", 128, 128, 64, shared=True),
         ),
     ),
     "passkey": recall_table("Passkey among 1,024 tokens", "passkey", 1024),
-    "recall": recall_table("Associative recall: 16 pairs among 512 tokens", "recall", 512),
+    "recall": recall_table("Associative recall: 24 pairs among 512 tokens", "recall", 512),
+    "lookup": recall_table(
+        "Associative recall, a pair shown as one token: 24 pairs among 512 tokens", "lookup", 512
+    ),
     "recall_many": recall_table(
-        "Associative recall: 64 pairs, more than topk can hold, among 512 tokens", "recall_many", 512
+        "Associative recall: 96 pairs, more than topk can hold, among 1,024 tokens", "recall_many", 1024
     ),
     "from_dense": Table(
         "From dense to 512 keys in 5 % of the steps",
         (
             fixed("dense", "dense", 256, 256, 64),
             *(
-                dataclasses.replace(arm, name=f"dense -> {arm.name}", start="dense", part_of_steps=0.05)
+                dataclasses.replace(
+                    arm, name=f"dense -> {arm.name}", start="dense", part_of_steps=0.05, rate=0.3
+                )
                 for arm in (
                     learned("SparseK", 256, 256, 64),
                     fixed("window 512", "recent", 256, 256, 64),
@@ -218,11 +230,6 @@ TABLES: dict[str, Table] = {
             learned("SparseK from scratch", 256, 256, 64),
         ),
         steps=1000,
-    ),
-    "length": Table(
-        "Trained at 4,096 tokens, evaluated to 65,536",
-        equal_budget(256, 256, 64),
-        eval_lengths=(4096, 8192, 16_384, 32_768, 65_536),
     ),
     "genome": Table(
         "Genome-like sequences of 3,000 bases", equal_budget(128, 128, 32), data="genome", length=3000

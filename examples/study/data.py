@@ -8,21 +8,34 @@ For recall tasks `distance` [b, n] gives, where the weight is not 0, how many to
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import math
+import multiprocessing
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsek_megatron.data.corpus import find_sources, is_validation, read_documents, stdlib_sources
+from sparsek_megatron.data.corpus import (
+    Document,
+    Source,
+    find_sources,
+    is_validation,
+    read_documents,
+    stdlib_sources,
+)
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import atomic_write
 
 VOCABULARY = 4096
 VALIDATION_FRACTION = 0.05
 EVALUATION_SEED = 1 << 40
+EVALUATION_BATCH = 32_768  # tokens at a time
 
 
 @dataclass(frozen=True)
@@ -48,43 +61,99 @@ def generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What text is read.
+
+    inputs     files, or folders of which files matching `include` are read; none means the Python standard library
+    packages   installed Python packages whose sources (tests left out) are read besides
+    tokenizer  a SentencePiece model; None trains one on the training files
+    """
+
+    inputs: tuple[str, ...] = ()
+    include: str = "*"
+    packages: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+
+    def documents(self) -> list[Document]:
+        """All documents, those of a package in the order of their paths."""
+        sources = find_sources(self.inputs, include=self.include) if self.inputs else stdlib_sources()
+        for package in self.packages:
+            sources += package_sources(package)
+        return list(read_documents(sources))
+
+
+def package_sources(package: str) -> list[Source]:
+    """The Python files of an installed package, without its tests."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"--packages {package}: no package of that name is installed")
+    root = Path(spec.submodule_search_locations[0])
+    files = (path for path in sorted(root.rglob("*.py")) if path.stat().st_size > 0)
+    named = [Source(path, f"{package}/{path.relative_to(root).as_posix()}") for path in files]
+    return [source for source in named if not {"test", "tests"} & set(source.name.split("/"))]
+
+
+_encoder: SentencePieceTokenizer | None = None
+
+
+def _start_encoder(model: Path) -> None:
+    global _encoder
+    _encoder = SentencePieceTokenizer.load(model)
+
+
+def _encode(text: str) -> np.ndarray:
+    assert _encoder is not None
+    return np.asarray([*_encoder.tokenize(text), _encoder.eod], dtype=np.uint16)
+
+
 class Text:
     """Random windows of tokenised files; held-out files for validation.
 
-    inputs: files, or folders of which files matching `include` are read; none means the Python standard library.
     Tokens are kept in `folder`, under a name made from the documents, so that each corpus is encoded once.
     """
 
     vocabulary = VOCABULARY
 
-    def __init__(self, inputs: list[str], folder: Path, include: str = "*", threads: int = 1) -> None:
-        sources = find_sources(inputs, include=include) if inputs else stdlib_sources()
-        documents = list(read_documents(sources))
+    def __init__(self, corpus: Corpus, folder: Path) -> None:
+        documents = corpus.documents()
         digest = hashlib.sha256()
         for document in documents:
             digest.update(f"{document.name}\0{document.text}\0".encode("utf-8", "surrogatepass"))
-        self.corpus = f"{len(documents)} files, sha256 {digest.hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
+        processes = min(16, os.cpu_count() or 1)
+        model = corpus.tokenizer or folder / f"text-{digest.hexdigest()[:16]}-{VOCABULARY}.model"
+        if not model.is_file():
+            texts = (d.text for d in documents if not is_validation(d.name, VALIDATION_FRACTION))
+            train_tokenizer(texts, vocab_size=VOCABULARY, path=model, threads=processes)
+        tokenizer = SentencePieceTokenizer.load(model)
+        if tokenizer.vocab_size != VOCABULARY:
+            raise UserError(
+                f"--tokenizer {model}: has {tokenizer.vocab_size} tokens; give one of {VOCABULARY}"
+            )
+        digest.update(tokenizer.sha256.encode())
         path = folder / f"text-{digest.hexdigest()[:16]}-{VOCABULARY}.npz"
         if not path.is_file():
-            self._encode(documents, path, threads)
+            self._encode(documents, model, path, processes)
         with np.load(path) as arrays:
             self.train = torch.from_numpy(arrays["train"].astype(np.int32))
             self.valid = torch.from_numpy(arrays["valid"].astype(np.int32))
+        self.corpus = (
+            f"{len(documents)} files, {len(self.train)} training and {len(self.valid)} held-out tokens, "
+            f"sha256 with the tokenizer's {digest.hexdigest()[:16]}"
+        )
 
     @staticmethod
-    def _encode(documents: list, path: Path, threads: int) -> None:
-        model = path.with_suffix(".model")
-        texts = (d.text for d in documents if not is_validation(d.name, VALIDATION_FRACTION))
-        tokenizer: SentencePieceTokenizer = train_tokenizer(
-            texts, vocab_size=VOCABULARY, path=model, threads=threads
-        )
-        parts: dict[str, list[int]] = {"train": [], "valid": []}
-        for document in documents:
-            part = "valid" if is_validation(document.name, VALIDATION_FRACTION) else "train"
-            parts[part] += [*tokenizer.tokenize(document.text), tokenizer.eod]
+    def _encode(documents: list[Document], model: Path, path: Path, processes: int) -> None:
+        texts = [document.text for document in documents]
+        with multiprocessing.get_context("fork").Pool(processes, _start_encoder, (model,)) as pool:
+            encoded = pool.map(_encode, texts, chunksize=max(1, len(texts) // (8 * processes)))
+        parts: dict[str, list[np.ndarray]] = {"train": [], "valid": []}
+        for document, ids in zip(documents, encoded, strict=True):
+            parts["valid" if is_validation(document.name, VALIDATION_FRACTION) else "train"].append(ids)
+        arrays = {name: np.concatenate(ids) if ids else np.empty(0, np.uint16) for name, ids in parts.items()}
         with atomic_write(path, "wb") as stream:
-            np.savez(stream, **{name: np.asarray(ids, dtype=np.uint16) for name, ids in parts.items()})  # pyright: ignore
+            np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
     def batch(self, seed: int, step: int, size: int, length: int) -> Batch:
         starts = torch.randint(0, len(self.train) - length, (size,), generator=generator(seed, step))
@@ -92,14 +161,15 @@ class Text:
         return Batch(tokens, torch.ones(size, length))
 
     def evaluation(self, length: int, tokens: int) -> list[Batch]:
-        """Batches of one sequence each: consecutive parts of the held-out files, the same for every seed."""
+        """Consecutive parts of the held-out files, the same for every seed."""
         count = min(max(1, tokens // length), (len(self.valid) - 1) // length)
         if count < 1:
             raise ValueError(
                 f"the held-out files have {len(self.valid)} tokens, fewer than a length of {length}"
             )
-        parts = [self.valid[i * length : (i + 1) * length + 1][None].long() for i in range(count)]
-        return [Batch(part, torch.ones(1, length)) for part in parts]
+        parts = torch.stack([self.valid[i * length : (i + 1) * length + 1] for i in range(count)]).long()
+        size = max(1, EVALUATION_BATCH // length)
+        return [Batch(part, torch.ones(part.shape[0], length)) for part in parts.split(size)]
 
 
 class Generated:
@@ -114,9 +184,10 @@ class Generated:
         return self.sample(generator(seed, step), size, length)
 
     def evaluation(self, length: int, tokens: int) -> list[Batch]:
+        size = max(1, min(EVALUATION_BATCH, tokens) // length)
         return [
-            self.sample(generator(EVALUATION_SEED, i), 8, length)
-            for i in range(max(1, tokens // length // 8))
+            self.sample(generator(EVALUATION_SEED, i), size, length)
+            for i in range(max(1, tokens // length // size))
         ]
 
 
@@ -136,40 +207,61 @@ class Drawn(Generated):
 
 
 class Recall(Generated):
-    """Multi-query associative recall (after Arora et al., arXiv 2312.04927), among noise.
+    """Multi-query associative recall (after Arora et al., arXiv 2312.04927), among noise, at all distances.
 
-    `pairs` key-value pairs lie at random places of the first three quarters; in the last quarter each key comes once
-    more and its value is to be predicted. Ids: noise 0-63, values 64-95, keys 96 on (no key twice). With one pair,
-    whose key is then always the same, this is passkey retrieval. Only answers count; guessing gets 1 in 32 right.
+    Each of `pairs` key-value pairs is shown once at a random place and asked for once, later: its key comes again and
+    its value is to be predicted. Distances are log-uniform from 4 to the length, so that a model can learn the lookup
+    from near questions, and an attention that sees only near keys can answer only those. Pairs that would fall on
+    taken places are left out. One pair has always the same key, which is passkey retrieval. Only answers count;
+    guessing gets 1 in 16 right.
+
+    Ids: noise 0-15, values 16-31, keys 32 on (no key twice, drawn from twice `pairs`). `joined`: what is shown is one
+    token, of its own for every key and value (ids after the keys'); a lookup then needs one attention layer, and no
+    layer that sees which token came before.
     """
 
-    vocabulary = 352
-    first_value, first_key = 64, 96
+    first_value, first_key = 16, 32
 
-    def __init__(self, pairs: int) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: int, joined: bool = False) -> None:
+        self.pairs, self.joined = pairs, joined
         self.keys = 1 if pairs == 1 else 2 * pairs
+        self.first_joined = self.first_key + self.keys
+        self.vocabulary = -(-(self.first_joined + (16 * self.keys if joined else 0)) // 64) * 64
 
     def sample(self, g: torch.Generator, size: int, length: int) -> Batch:
+        slots = length // 2  # a slot holds a key and its value
+        if 8 * self.pairs > length:
+            raise ValueError(
+                f"{self.pairs} pairs in {length} tokens: use a length of at least {8 * self.pairs}"
+            )
         tokens = torch.randint(0, self.first_value, (size, length + 1), generator=g)
         weights, distance = torch.zeros(size, length), torch.zeros(size, length)
-        shown, asked = (
-            length * 3 // 8,
-            length // 8,
-        )  # two-token slots of the first three quarters, and of the last
-        if self.pairs > asked:
-            raise ValueError(
-                f"{self.pairs} pairs do not fit a length of {length}: use at least {8 * self.pairs}"
+        keys = torch.rand(size, self.keys, generator=g).argsort(1)[:, : self.pairs]
+        values = torch.randint(0, 16, (size, self.pairs), generator=g)
+        gap = 2 * (torch.rand(size, self.pairs, generator=g) * math.log((slots - 1) / 2)).exp()
+        gap = gap.long().clamp(max=slots - 1)
+        shown = (torch.rand(size, self.pairs, generator=g) * (slots - gap)).long()
+        taken, row = torch.zeros(size, slots, dtype=torch.bool), torch.arange(size)
+        for pair in range(self.pairs):
+            first, second = shown[:, pair], shown[:, pair] + gap[:, pair]
+            free = ~(taken[row, first] | taken[row, second])
+            r, first, second, key, value = (
+                row[free],
+                first[free],
+                second[free],
+                keys[free, pair],
+                values[free, pair],
             )
-        for row in range(size):
-            keys = self.first_key + torch.randperm(self.keys, generator=g)[: self.pairs]
-            values = torch.randint(self.first_value, self.first_key, (self.pairs,), generator=g)
-            places = 2 * torch.randperm(shown, generator=g)[: self.pairs]
-            queries = length - 2 * asked + 2 * torch.randperm(asked, generator=g)[: self.pairs]
-            for first in (places, queries):
-                tokens[row, first], tokens[row, first + 1] = keys, values
-            weights[row, queries] = 1.0
-            distance[row, queries] = (queries - places).float()
+            taken[r, first] = taken[r, second] = True
+            if self.joined:
+                tokens[r, 2 * first] = self.first_joined + 16 * key + value
+            else:
+                tokens[r, 2 * first] = self.first_key + key
+                tokens[r, 2 * first + 1] = self.first_value + value
+            tokens[r, 2 * second] = self.first_key + key
+            tokens[r, 2 * second + 1] = self.first_value + value
+            weights[r, 2 * second] = 1.0
+            distance[r, 2 * second] = 2.0 * gap[free, pair]
         return Batch(tokens, weights, distance)
 
 
@@ -229,17 +321,16 @@ class Series(Drawn):
         return Batch(torch.from_numpy(levels), torch.ones(size, length))
 
 
-def make(name: str, inputs: list[str], folder: Path, include: str = "*") -> Text | Generated:
-    """The data of a table."""
+RECALL = {"passkey": (1, False), "recall": (24, False), "recall_many": (96, False), "lookup": (24, True)}
+NAMES = ("text", *RECALL, "genome", "series")
+
+
+@lru_cache(maxsize=2)
+def make(name: str, corpus: Corpus, folder: Path) -> Text | Generated:
+    """The data of a table; `folder` keeps the encoded text."""
     if name == "text":
-        return Text(inputs, folder, include, threads=min(8, os.cpu_count() or 1))
-    if name == "passkey":
-        return Recall(pairs=1)
-    if name == "recall":
-        return Recall(pairs=16)
-    if name == "recall_many":
-        return Recall(pairs=64)
+        return Text(corpus, folder)
+    if name in RECALL:
+        pairs, joined = RECALL[name]
+        return Recall(pairs, joined)
     return {"genome": Genome, "series": Series}[name]()
-
-
-NAMES = ("text", "passkey", "recall", "recall_many", "genome", "series")

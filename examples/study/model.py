@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsek_megatron import SparseKCoreAttention, SparseKSelfAttention, get_sparsek_block_spec
 from sparsek_megatron.cpu import enable_cpu
@@ -75,7 +76,9 @@ class DenseCoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_keywords: Any) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        backend = SDPBackend.FLASH_ATTENTION if query.is_cuda else SDPBackend.MATH
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

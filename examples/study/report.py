@@ -17,7 +17,8 @@ from train import log_path
 from sparsek_megatron.files import atomic_write
 
 COLUMNS = (
-    "arm", "seed", "length", "steps", "of", "loss", "loss_far", "accuracy", "seconds", "parameters", "log", "sha256",
+    "arm", "seed", "length", "steps", "loss", "loss_far", "accuracy", "accuracy_far", "seconds", "parameters",
+    "log", "sha256",
 )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def _by_arm(results: list[Result], length: int) -> dict[str, list[Result]]:
 
 def _cell(group: list[Result], key: str, digits: int) -> str:
     """Mean over seeds and, in brackets, each seed."""
-    values = [r.values[key] for r in group if key in r.values]
+    values = [r.values[key] for r in group if r.values.get(key) is not None]
     if not values:
         return ""
     each = ", ".join(f"{v:.{digits}f}" for v in values)
@@ -76,14 +77,22 @@ def markdown(table: Table, results: list[Result]) -> str:
             "seeds",
             "steps",
             "loss",
-            *(["accuracy"] if recall else [f"loss from position {table.far}"]),
+            *(
+                ["accuracy", f"accuracy from {table.far} tokens on"]
+                if recall
+                else [f"loss from position {table.far}"]
+            ),
         ]
         lines = [f"**{table.title}**, evaluated at {length} tokens\n", "| " + " | ".join(heads) + " |"]
         lines.append("|---" * len(heads) + "|")
         for arm, group in _by_arm(results, length).items():
             steps = sorted({r.values["steps"] for r in group})
-            last = _cell(group, "accuracy", 3) if recall else _cell(group, "loss_far", 4)
-            cells = [arm, str(len(group)), ", ".join(map(str, steps)), _cell(group, "loss", 4), last]
+            last = (
+                [_cell(group, "accuracy", 3), _cell(group, "accuracy_far", 3)]
+                if recall
+                else [_cell(group, "loss_far", 4)]
+            )
+            cells = [arm, str(len(group)), ", ".join(map(str, steps)), _cell(group, "loss", 4), *last]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -109,7 +118,7 @@ def _plot(path: Path, curves: dict[str, tuple[list[float], list[float]]], title:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for arm, (places, values) in curves.items():
         axes.plot(places, values, label=arm, linewidth=1.2, linestyle="-" if "SparseK" in arm else "--")
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title=title, xlabel=x, ylabel=y, xscale="log" if y == "accuracy" else "linear")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -2,24 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one table of the study: every arm and seed, then CSV, plots and a Markdown table.
 
-    python examples/study/run.py budget_4k --jobs 6
-    python examples/study/run.py recall --micro        # seconds on a CPU, to see that it runs
+    python examples/study/run.py budget_4k --jobs 18 --seconds 150   # all runs side by side until the time is spent
+    python examples/study/run.py recall --micro                      # seconds on a CPU, to see that it runs
 
-Runs are separate processes that share the visible GPUs. Finished runs are kept: the same command continues where it
-stopped.
+Runs are processes that share the visible GPUs. Finished runs are kept: the same command continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
+import os
 import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # asking for GPUs must not start CUDA before a fork
 
 import torch
 
@@ -31,8 +36,9 @@ from sparsek_megatron.quiet import quiet_dependencies  # noqa: E402
 quiet_dependencies()  # before megatron-core is imported
 
 from arms import TABLES, Arm, Model, Table  # noqa: E402
-from data import NAMES, make  # noqa: E402
-from train import Run, train  # noqa: E402
+from data import NAMES, Corpus, make  # noqa: E402
+from pace import Pace  # noqa: E402
+from train import Run, log_path, train  # noqa: E402
 
 from sparsek_megatron.errors import UserError, report_user_errors  # noqa: E402
 
@@ -50,14 +56,14 @@ def micro_arm(arm: Arm) -> Arm:
 
 def micro(table: Table) -> Table:
     """The table small enough to check on a CPU that it runs; its numbers mean nothing."""
-    length = table.length if table.data == "recall_many" else max(128, table.length // 16)
+    length = table.length if table.data == "recall_many" else max(256, table.length // 16)
     return dataclasses.replace(
         table,
         arms=tuple(micro_arm(arm) for arm in table.arms),
         length=length,
         tokens_per_step=2 * length,
         steps=3,
-        model=Model(table.model.num_layers, 32, 48, 2, 2),
+        model=Model(min(2, table.model.num_layers), 32, 48, 2, 2),
         eval_lengths=tuple(n // 16 for n in table.eval_lengths),
         evaluation_tokens=4 * length,
         far=table.far // 16,
@@ -68,29 +74,67 @@ def _finished(run: Run) -> bool:
     return run.log.is_file() and '"kind": "evaluation"' in run.log.read_text()
 
 
-def _start_worker(gpus: Any) -> None:
+_pace: Pace | None = None
+
+
+def _start_worker(gpus: Any, pace: Pace | None) -> None:
+    global _pace
+    _pace = pace
     torch.set_num_threads(1)
+    gpu = gpus.get()
     if torch.cuda.is_available():
-        torch.cuda.set_device(gpus.get())
+        torch.cuda.set_device(gpu)
 
 
-def _run_all(runs: list[Run], jobs: int) -> int:
-    """Run what is not finished, `jobs` at a time; returns how many failed."""
+def _train(run: Run) -> Path:
+    return train(run, _pace)
+
+
+def _use_a_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+
+
+def _context() -> Any:
+    """Processes that start with this one's imports; fresh ones where CUDA or a process group forbids that."""
+    if torch.distributed.is_initialized():
+        return multiprocessing.get_context("spawn")
+    forked = multiprocessing.get_context("fork")
+    probe = forked.Process(target=_use_a_gpu)
+    probe.start()
+    probe.join()
+    return forked if probe.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def _run_all(runs: list[Run], jobs: int, deadline: float | None) -> int:
+    """Run what is not finished, `jobs` at a time, or all until the deadline; returns how many failed."""
     waiting = [run for run in runs if not _finished(run)]
-    failed = 0
-    context = multiprocessing.get_context("spawn")
+    if not waiting:
+        return 0
+    if deadline is not None and jobs < len(waiting):
+        raise UserError(
+            f"--jobs {jobs}: with --seconds all {len(waiting)} runs go side by side; give --jobs that many"
+        )
+    failed, context = 0, _context()
+    pace = Pace(context, len(waiting), deadline) if deadline is not None else None
+    jobs = min(jobs, len(waiting))
     gpus = context.Queue()  # each worker takes one, so that all visible GPUs are used
     for worker in range(jobs):
         gpus.put(worker % max(1, torch.cuda.device_count()))
-    with ProcessPoolExecutor(jobs, context, _start_worker, (gpus,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_worker, (gpus, pace)) as pool:
         began = time.time()
-        futures = {pool.submit(train, run): run for run in waiting}
+        futures = {pool.submit(_train, run): run for run in waiting}
         for future in as_completed(futures):
             run, error = futures[future], future.exception()
             failed += error is not None
             outcome = "done" if error is None else f"FAILED: {type(error).__name__}: {error}"
             print(f"{time.time() - began:6.0f} s  {run.arm.name}, seed {run.seed}: {outcome}", flush=True)
     return failed
+
+
+def _steps_taken(folder: Path, arm: str, seed: int) -> int:
+    lines = [json.loads(line) for line in log_path(folder, arm, seed).read_text().splitlines()]
+    return next(line["steps"] for line in lines if line["kind"] == "evaluation")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -109,10 +153,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--include", default="*", help="files to read in those folders, like '*.py'")
     parser.add_argument("--arms", default="", help="only arms whose name matches this regular expression")
     parser.add_argument(
+        "--packages", nargs="*", default=[], help="installed Python packages whose sources are read besides"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a SentencePiece model; default trains one on the text"
+    )
+    parser.add_argument(
         "--seconds",
         type=float,
-        help="stop training after this many seconds in all; runs say where they stopped",
+        help="train for this long, start included, instead of a number of steps; arms that start from another's "
+        "weights then take their part of its steps",
     )
+    parser.add_argument("--save", action="store_true", help="keep the weights of every run")
     parser.add_argument("--micro", action="store_true", help="a size for a CPU, to see that it runs")
     return parser.parse_args(argv)
 
@@ -134,19 +186,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     name = "-".join([args.table, *([args.data] if args.data else []), *(["micro"] if args.micro else [])])
     folder = args.out / name
-    deadline = time.time() + args.seconds if args.seconds else float("inf")
+    deadline = time.time() + args.seconds if args.seconds else None
+    corpus = Corpus(tuple(args.input), args.include, tuple(args.packages), args.tokenizer)
 
     def runs(first: bool) -> list[Run]:
-        chosen = [arm for arm in arms if (arm.start is None) == first]
-        return [
-            Run(args.table, arm, seed, table, folder, tuple(args.input), args.include, deadline)
-            for seed in args.seeds
-            for arm in chosen
-        ]
+        """The runs that start from nothing, or those that start from their weights."""
+        found = []
+        for seed in args.seeds:
+            for arm in arms:
+                if (arm.start is None) != first:
+                    continue
+                settings = table
+                if arm.start is not None and args.seconds:
+                    settings = dataclasses.replace(table, steps=_steps_taken(folder, arm.start, seed))
+                found.append(Run(args.table, arm, seed, settings, folder, corpus, args.save))
+        return found
 
-    # Encodes the text once, before the workers need it.
-    make(table.data, args.input, folder.parent / "data", args.include)
-    failed = sum(_run_all(part, args.jobs) for part in (runs(True), runs(False)) if part)
+    make(table.data, corpus, folder.parent / "data")  # encodes the text once, before the workers need it
+    failed = _run_all(runs(True), args.jobs, deadline)
+    if any(arm.start for arm in arms):
+        failed += _run_all(runs(False), args.jobs, None)
     from report import write
 
     print(write(table, folder, args.seeds), flush=True)

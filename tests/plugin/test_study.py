@@ -47,30 +47,35 @@ def test_fixed_scores_are_a_window_and_sinks(kind: str, study: Any) -> None:
     assert all(arm.sparsek.topk + arm.sparsek.window in (512, 256) for arm in names.values())
 
 
-def test_recall_shows_each_answer_once_before_its_question(study: Any) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_recall_shows_each_answer_once_before_its_question(joined: bool, study: Any) -> None:
     from data import Recall, generator
 
-    batch = Recall(pairs=16).sample(generator(1, 2), 3, 1024)
+    length = 512
+    recall = Recall(pairs=24, joined=joined)
+    batch = recall.sample(generator(1, 2), 64, length)
     assert batch.distance is not None
-    for row in range(3):
-        asked = batch.weights[row].nonzero().flatten()
-        assert len(asked) == 16
-        for i in asked.tolist():
-            shown = i - int(batch.distance[row, i])
-            assert 0 <= shown < 768 <= i
-            assert torch.equal(batch.tokens[row, shown : shown + 2], batch.tokens[row, i : i + 2])
-            assert (batch.tokens[row] == batch.tokens[row, i]).sum() == 2, (
-                "a key is shown once and asked once"
-            )
+    asked = batch.weights.nonzero()
+    assert 20 * 64 < len(asked) <= 24 * 64, "few pairs fall on taken places"
+    for row, i in asked.tolist():
+        shown = i - int(batch.distance[row, i])
+        assert 0 <= shown <= i - 4 and i < length
+        key, value = (int(token) for token in batch.tokens[row, i : i + 2])
+        once = [16 * (key - 32) + value - 16 + recall.first_joined] if joined else [key, value]
+        assert batch.tokens[row, shown : shown + len(once)].tolist() == once
+        assert (batch.tokens[row] == key).sum() == (1 if joined else 2), "a key is shown once and asked once"
+    assert batch.tokens.max() < recall.vocabulary
+    distances = batch.distance[batch.weights > 0]
+    assert 0.25 < (distances >= 64).float().mean() < 0.6 and (distances < 16).any(), "near and far questions"
 
 
 @pytest.mark.parametrize("name", ["genome", "series"])
 def test_generated_data_is_repeatable_and_inside_its_vocabulary(
     name: str, study: Any, tmp_path: Path
 ) -> None:
-    from data import generator, make
+    from data import Corpus, generator, make
 
-    data: Any = make(name, [], tmp_path)
+    data: Any = make(name, Corpus(), tmp_path)
     first, again = (data.sample(generator(3), 4, 700).tokens for _ in range(2))
     assert torch.equal(first, again)
     assert first.min() >= 0 and first.max() < data.vocabulary and first.unique().numel() >= 4
@@ -80,16 +85,15 @@ def test_generated_data_is_repeatable_and_inside_its_vocabulary(
 @pytest.mark.parametrize("table", ["budget_4k", "scorer", "slope", "layers"])
 def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None:
     import run
-    from data import Batch
     from model import DenseCoreAttention, build, start_megatron
-    from train import token_losses
+    from steps import token_losses
 
     micro = run.micro(study.TABLES[table])
     tokens = torch.randint(0, 64, (1, 97), generator=torch.Generator().manual_seed(1))
     for arm in micro.arms:
         device = start_megatron(3)
         model = build(arm, micro, 64, device)
-        token_losses(model, Batch(tokens, torch.ones(1, 96)), device).mean().backward()
+        token_losses(model, tokens).mean().backward()
         for index, layer in enumerate(model.decoder.layers):
             attention = layer.self_attention
             dense = arm.scores == "dense" or index in arm.full_layers
