@@ -164,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="train for this long, start included, instead of a number of steps; arms that start from another's "
         "weights then take their part of its steps",
     )
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--save", action="store_true", help="keep the weights of every run")
     parser.add_argument("--micro", action="store_true", help="a size for a CPU, to see that it runs")
     return parser.parse_args(argv)
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
                 settings = table
                 if arm.start is not None and args.seconds:
                     settings = dataclasses.replace(table, steps=_steps_taken(folder, arm.start, seed))
-                found.append(Run(args.table, arm, seed, settings, folder, corpus, args.save))
+                found.append(Run(args.table, arm, seed, settings, folder, corpus, args.save, args.eager))
         return found
 
     make(table.data, corpus, folder.parent / "data")  # encodes the text once, before the workers need it

@@ -67,7 +67,8 @@ class Optimizer:
         torch.nn.utils.clip_grad_norm_([master for _, master in used], 1.0)
         self.adam.step()
         with torch.no_grad():
-            torch._foreach_copy_([parameter for parameter, _ in used], [master for _, master in used])
+            for parameter, master in used:
+                parameter.copy_(master)
 
 
 def rate_factor(step: int, progress: float) -> float:
@@ -90,10 +91,12 @@ def token_losses(model: GPTModel, tokens: Tensor) -> Tensor:
 
 
 class Stepper:
-    """Steps on batches of one shape; `mean_loss` since it was last read."""
+    """Steps on batches of one shape; `mean_loss` since it was last read. eager: capture nothing."""
 
-    def __init__(self, model: GPTModel, optimizer: Optimizer, size: int, length: int) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self, model: GPTModel, optimizer: Optimizer, size: int, length: int, *, eager: bool = False
+    ) -> None:
+        self.model, self.optimizer, self.eager = model, optimizer, eager
         self.device = optimizer.masters[0].device
         self.tokens = torch.zeros(size, length + 1, dtype=torch.int64, device=self.device)
         self.weights = torch.zeros(size, length, device=self.device)
@@ -111,7 +114,7 @@ class Stepper:
             for buffer, values in ((self.tokens, batch.tokens), (self.weights, batch.weights)):
                 buffer.copy_(values.pin_memory() if buffer.is_cuda else values, non_blocking=True)
             self.optimizer.set_rate(factor)
-            if self.stream is not None and self.taken == EAGER_STEPS:
+            if self.stream is not None and self.taken == EAGER_STEPS and not self.eager:
                 self._capture()
             if self.graph is not None:
                 self.graph.replay()

@@ -35,6 +35,7 @@ class Run:
     folder: Path
     corpus: Corpus = field(default_factory=Corpus)
     save: bool = False
+    eager: bool = False
 
     @property
     def log(self) -> Path:
@@ -154,7 +155,7 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
         corpus=getattr(data, "corpus", type(data).__name__),
     )
     optimizer = Optimizer(model, table.learning_rate * arm.rate, arm.sparsek.scorer_lr_mult)
-    stepper = Stepper(model, optimizer, size, table.length)
+    stepper = Stepper(model, optimizer, size, table.length, eager=run.eager)
     began, reached, a_step = time.time(), 0.0, 0.0 if pace is not None else 1 / steps
     while stepper.taken < steps if pace is None else reached < 1:
         chunk = CHUNK if pace is not None else min(CHUNK, steps - stepper.taken)
