@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of the text generation program: model, weights, tokens, text."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ def generate_text(
     """
     machine = parallel.initialize(config)
     with parallel.end_together(machine):
-        model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
+        # The model says which settings it has; standard output is for text.
+        with contextlib.redirect_stdout(sys.stderr):
+            model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
         load_weights(model, folder, step=step, saved_size=saved_size)
         try:
             decoder = ModelDecoder(
