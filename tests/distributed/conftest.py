@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One launch of four CPU processes serves every test of this folder that reads `launched`."""
+"""One launch of four CPU processes serves every test of this folder that reads `launched`.
+
+Such a test's module names in LAUNCHED the module of its cases.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,6 @@ import pytest
 HERE = Path(__file__).resolve().parent
 RANKS = 4
 LIMIT_SECONDS = 400
-MODULES = (
-    "cases_parity",
-    "cases_training",
-    "cases_checkpoint",
-    "cases_optimizer",
-    "cases_loss",
-    "cases_mesh",
-    "cases_context_parallel",
-)
 
 
 class Launched:
@@ -73,9 +67,11 @@ def launch(
 
 
 @pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """Results of all cases in `MODULES` over gloo. DISTRIBUTED_CASES (a pattern) picks some."""
-    return launch(tmp_path_factory.mktemp("distributed"), RANKS, MODULES, CUDA_VISIBLE_DEVICES="")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Results of the cases of all tests that will run, over gloo. DISTRIBUTED_CASES (a pattern) picks some."""
+    tests = [item for item in request.session.items if "launched" in getattr(item, "fixturenames", ())]
+    modules = sorted({item.module.LAUNCHED for item in tests})  # pyright: ignore[reportAttributeAccessIssue]
+    return launch(tmp_path_factory.mktemp("distributed"), RANKS, tuple(modules), CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+LAUNCHED = "cases_checkpoint"
+
 
 @pytest.mark.parametrize("case", ["checkpoint_saved_at_tp2", "checkpoint_of_a_layer_pattern"])
 @pytest.mark.parametrize("split", ["tp1", "tp4", "tp2_pp2"])

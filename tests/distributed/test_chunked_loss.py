@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+LAUNCHED = "cases_loss"
+
 TOLERANCE = 2e-6  # of the largest gradient of a parameter; float32, reduced in another order
 LOSS_TOLERANCE = 1e-6
 

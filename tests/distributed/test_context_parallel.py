@@ -12,6 +12,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from sparsek_megatron.context_parallel import LAYOUTS, check_agreement, shard_positions
 from sparsek_megatron.refuse import check_inference
 
+LAUNCHED = "cases_context_parallel"
+
 
 @pytest.mark.parametrize("cp", [2, 4])
 def test_outputs_and_gradients_are_those_of_the_whole_sequence(launched, cp: int) -> None:

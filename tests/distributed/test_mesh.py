@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+LAUNCHED = "cases_mesh"
+
 TOLERANCE = 1e-5
 # bf16 rounds every activation and weight gradient to 8 bits: a sum over ranks in another order moves the last ones.
 GPU_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}

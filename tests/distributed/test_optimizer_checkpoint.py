@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+LAUNCHED = "cases_optimizer"
+
 
 def worst(got: dict[str, list[float]], want: dict[str, list[float]], key: str) -> float:
     assert len(got[key]) == len(want[key]) == 3

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+LAUNCHED = "cases_training"
+
 
 def worst_difference(pair: list[list[float]]) -> float:
     reference, got = pair

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+LAUNCHED = "cases_parity"
+
 TOLERANCE = 1e-5
 
 CASES = (

@@ -37,12 +37,12 @@ def main(out: str, *modules: str) -> None:
     for module in modules:
         importlib.import_module(module)
     if "FORKED_RANKS" in os.environ:
-        run_ranks(lambda: run_cases(out), int(os.environ["FORKED_RANKS"]))
+        run_ranks(lambda: run_cases(out, modules), int(os.environ["FORKED_RANKS"]))
     else:
-        run_cases(out)
+        run_cases(out, modules)
 
 
-def run_cases(out: str) -> None:
+def run_cases(out: str, modules: tuple[str, ...]) -> None:
     import torch
     from mcore_harness import start_process_group
 
@@ -50,7 +50,7 @@ def run_cases(out: str) -> None:
     wanted = os.environ.get("DISTRIBUTED_CASES", "")
     results = {}
     for name, function in sys.modules["worker"].CASES.items():
-        if not re.search(wanted, name):
+        if function.__module__ not in modules or not re.search(wanted, name):
             continue
         began = time.time()
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gloo_device import share_gloo_device
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -45,6 +46,7 @@ def start_process_group() -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     _layouts.clear()
+    share_gloo_device()
     timeout = datetime.timedelta(seconds=120)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
 
@@ -64,8 +66,7 @@ def parallel(
 ) -> Iterator[None]:
     """Megatron's process groups for these sizes, and the same seeds on all ranks.
 
-    The groups of a layout are made once and put back on the next use: megatron-core makes dozens, and gloo keeps
-    threads for each.
+    The groups of a layout are made once and put back on the next use: megatron-core makes dozens.
     """
     layout = (torch.distributed.get_world_size(), tp, pp, vpp or 0, ep, cp)
     if layout in _layouts:

@@ -35,10 +35,11 @@ from sparsek_megatron.training.schedule import learning_rate
 from sparsek_megatron.training.validate import data_paths
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS), str(TESTS / "distributed")]
+sys.path += [str(TESTS), str(TESTS / "distributed"), str(TESTS / "plugin")]
 
 from cuda_to_cpu import cuda_to_cpu  # noqa: E402
 from forked_ranks import run_ranks  # noqa: E402
+from gloo_device import share_gloo_device  # noqa: E402
 
 
 class Recorder:
@@ -190,6 +191,7 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
 
 def run(cases: dict[str, Any]) -> None:
     """This rank's part of `cases`; the first rank prints what they gave."""
+    share_gloo_device()
     runs = {"deepspeed": trajectory, "mcore": mcore_trajectory}
     results = {}
     for name, case in cases.items():
