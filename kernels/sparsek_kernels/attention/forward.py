@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.attention.forward_uniform import attention_forward_uniform_kernel, list_gates_kernel
-from sparsek_kernels.attention.tile import LOGIT, absorb, clamp_gate, gated_logits, sequence_tile
+from sparsek_kernels.attention.tile import (
+    LOGIT,
+    absorb,
+    clamp_gate,
+    gated_logits,
+    sequence_tile,
+    store_output,
+)
 from sparsek_kernels.launch import launch
 
 
@@ -118,14 +125,10 @@ def attention_forward_kernel(
         v = tl.load(v_base + offset[:, None] * v_token, mask=ok[:, None] & dim_ok[None, :], other=0.0)
         acc, row_max, row_sum = absorb(acc, row_max, row_sum, logits, gate, v, GATE != LOGIT, IEEE)
 
-    acc = acc / row_sum[:, None]
-    query_head = head * GROUP + member
-    out_rows = OUT + ((batch * tokens + token) * (kv_heads * GROUP) + query_head) * D
-    tl.store(
-        out_rows[:, None] + dim[None, :], acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :]
-    )
-    lse_rows = LSE + (batch * (kv_heads * GROUP) + query_head) * tokens + token
-    tl.store(lse_rows, row_max + tl.log2(row_sum), mask=row_ok)
+    store_output(
+        OUT, LSE, acc, row_max, row_sum, batch, token, head * GROUP + member, row_ok, tokens, kv_heads * GROUP,
+        D, D_PAD,
+    )  # fmt: skip
 
 
 def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from sparsek_kernels.attention.tile import (
     load_rows,
     load_rows_where,
     sequence_tile,
+    store_output,
 )
 
 
@@ -149,11 +150,7 @@ def attention_forward_uniform_kernel(
         v = load_rows_where(ok, v_base, j * v_token, dim, D)
         acc, row_max, row_sum = absorb(acc, row_max, row_sum, logits, 1.0, v, False, IEEE)
 
-    acc = acc / row_sum[:, None]
-    query_head = head * GROUP + member
-    out_rows = OUT + ((batch * tokens + token) * (kv_heads * GROUP) + query_head) * D
-    tl.store(
-        out_rows[:, None] + dim[None, :], acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & dim_ok[None, :]
-    )
-    lse_rows = LSE + (batch * (kv_heads * GROUP) + query_head) * tokens + token
-    tl.store(lse_rows, row_max + tl.log2(row_sum), mask=row_ok)
+    store_output(
+        OUT, LSE, acc, row_max, row_sum, batch, token, head * GROUP + member, row_ok, tokens, kv_heads * GROUP,
+        D, D_PAD,
+    )  # fmt: skip

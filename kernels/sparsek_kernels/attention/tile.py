@@ -86,6 +86,19 @@ def absorb(acc, row_max, row_sum, logits, gate, v, GATED: tl.constexpr, IEEE: tl
 
 
 @triton.jit
+def store_output(
+    OUT, LSE, acc, row_max, row_sum, batch, token, query_head, row_ok, tokens, heads,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """End of the online softmax: rows [rows, D_PAD] of OUT [b, s, hq, D] and their LSE [b, hq, s], where `row_ok`."""
+    dim = tl.arange(0, D_PAD)
+    out_rows = OUT + ((batch * tokens + token) * heads + query_head) * D
+    ok = row_ok[:, None] & (dim < D)[None, :]
+    tl.store(out_rows[:, None] + dim[None, :], (acc / row_sum[:, None]).to(OUT.dtype.element_ty), mask=ok)
+    tl.store(LSE + (batch * heads + query_head) * tokens + token, row_max + tl.log2(row_sum), mask=row_ok)
+
+
+@triton.jit
 def logit_gradients(qk, weight, d_output, delta, gate, scale, GATE: tl.constexpr):
     """Backward of one block: (gradient of the dot products divided by `scale`, gradient of the gates).
 

@@ -30,6 +30,13 @@ from sparsek_kernels.attention.plan import (
 )
 from sparsek_kernels.selection import select
 
+KEY_MAJOR = (
+    Tiling(32, 64, 4, 2),
+    Tiling(64, 64, 4, 2),
+    Tiling(32, 64, 4, 1),
+    Tiling(32, 128, 8, 2),
+    Tiling(16, 64, 4, 2),
+)
 CANDIDATES = {
     "forward": (
         Tiling(128, 32, 4, 4, band=(64, 2)),
@@ -47,20 +54,8 @@ CANDIDATES = {
         Tiling(64, 64, 8, 1),
         Tiling(32, 32, 4, 2),
     ),
-    "backward_survivors": (
-        Tiling(32, 64, 4, 2),
-        Tiling(64, 64, 4, 2),
-        Tiling(32, 64, 4, 1),
-        Tiling(32, 128, 8, 2),
-        Tiling(16, 64, 4, 2),
-    ),
-    "backward_band": (
-        Tiling(32, 64, 4, 2),
-        Tiling(64, 64, 4, 2),
-        Tiling(32, 64, 4, 1),
-        Tiling(32, 128, 8, 2),
-        Tiling(16, 64, 4, 2),
-    ),
+    "backward_survivors": KEY_MAJOR,
+    "backward_band": KEY_MAJOR,
 }
 """Tile shapes to try besides those in use, per kernel. What does not fit the GPU is reported and passed over."""
 
