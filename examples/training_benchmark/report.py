@@ -34,11 +34,11 @@ class Row:
     loss: float | None = None
     split: Split | None = None
     dense_tokens_per_second: float | None = None
-    dense_other_ms: float | None = None  # the dense arm's step without its attention, in this run
+    dense_without_attention_ms: float | None = None  # the dense arm's step without its attention, in this run
     error: str = ""
 
     @property
-    def other_ms(self) -> float | None:
+    def without_attention_ms(self) -> float | None:
         """The step without attention, scoring and selection: what no attention could make faster."""
         if self.split is None or self.step_ms is None or not self.split.busy_ms:
             return None
@@ -47,7 +47,11 @@ class Row:
     @property
     def share_of_bound(self) -> float | None:
         """Amdahl: the step at zero cost of attention (the dense arm's, else this arm's) over this step."""
-        bound = self.dense_other_ms if self.dense_other_ms is not None else self.other_ms
+        bound = (
+            self.dense_without_attention_ms
+            if self.dense_without_attention_ms is not None
+            else self.without_attention_ms
+        )
         return None if bound is None or self.step_ms is None else bound / self.step_ms
 
     @property
@@ -67,7 +71,10 @@ def compare_with_dense(row: Row, rows: list[Row]) -> None:
             and not other.error
             and all(getattr(other, n) == getattr(row, n) for n in case)
         ):
-            row.dense_tokens_per_second, row.dense_other_ms = other.tokens_per_second, other.other_ms
+            row.dense_tokens_per_second, row.dense_without_attention_ms = (
+                other.tokens_per_second,
+                other.without_attention_ms,
+            )
 
 
 def line(row: Row) -> str:
@@ -104,7 +111,11 @@ def line(row: Row) -> str:
 def record(row: Row) -> dict[str, Any]:
     """A row of the CSV file."""
     values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "split"}
-    values |= {"other_ms": row.other_ms, "share_of_bound": row.share_of_bound, "speedup": row.speedup}
+    values |= {
+        "without_attention_ms": row.without_attention_ms,
+        "share_of_bound": row.share_of_bound,
+        "speedup": row.speedup,
+    }
     if row.split is not None:
         values |= {f"{part}_ms": row.split.parts[part] for part in PARTS}
         values |= {"busy_ms": row.split.busy_ms, "host_waits": row.split.waits.total()}
