@@ -175,6 +175,7 @@ class Benchmark:
             print(title, flush=True)
             args.out.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(args.shape):
+            torch.compiler.reset()  # else another shape's widths become variables of slower compiled kernels
             layers = args.num_layers and args.num_layers[index % len(args.num_layers)]
             for trainer in args.trainers:
                 for arm in args.arms:
