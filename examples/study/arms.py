@@ -17,6 +17,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from sparsek_megatron import SparseKConfig
+from sparsek_megatron.config import GATES
 
 SCORES = ("learned", "recent", "first", "random", "keys", "dense")
 
@@ -34,6 +35,7 @@ class Arm:
     start         name of an arm of the same table whose trained weights this arm starts from
     part_of_steps  fraction of the table's steps that this arm trains for
     rate          multiplier of the table's learning rate
+    length        tokens of this arm's sequences; None means the table's
     """
 
     name: str
@@ -45,6 +47,7 @@ class Arm:
     start: str | None = None
     part_of_steps: float = 1.0
     rate: float = 1.0
+    length: int | None = None
 
     def __post_init__(self) -> None:
         if self.scores not in SCORES:
@@ -112,18 +115,32 @@ def baselines(topk: int, window: int, stride: int) -> tuple[Arm, ...]:
     )
 
 
-def equal_budget(topk: int, window: int, stride: int) -> tuple[Arm, ...]:
-    """The baselines, SparseK with each gate, and SparseK with hard selection (whose scorer gets no gradient)."""
-    gates = tuple(
-        learned(f"SparseK {gate}", topk, window, stride, gate=gate)
-        for gate in ("key_value", "value", "logit")
+def equal_budget(
+    topk: int, window: int, stride: int, rates: tuple[tuple[str, float], ...] = (("key_value", 0.1),)
+) -> tuple[Arm, ...]:
+    """The baselines, SparseK with each gate, and SparseK with hard selection (whose scorer gets no gradient).
+
+    rates: gates that also come with another learning-rate multiplier of the scorer than 1, and that multiplier.
+    """
+    gates = tuple(learned(f"SparseK {gate}", topk, window, stride, gate=gate) for gate in GATES)
+    other_rates = tuple(
+        learned(
+            f"SparseK {gate}, scorer rate x {rate:g}", topk, window, stride, gate=gate, scorer_lr_mult=rate
+        )
+        for gate, rate in rates
     )
-    return (
-        *baselines(topk, window, stride),
-        *gates,
-        learned("SparseK key_value, scorer rate x 0.1", topk, window, stride, scorer_lr_mult=0.1),
-        learned("SparseK hard", topk, window, stride, hard_selection=True),
-    )
+    hard = learned("SparseK hard", topk, window, stride, hard_selection=True)
+    return (*baselines(topk, window, stride), *gates, *other_rates, hard)
+
+
+def longer(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+    """Dense attention trained on short sequences, and the arms, each going on from it at the table's length.
+
+    As long contexts are trained in practice; each arm then differs from the others only in what it makes of the
+    tokens that lie far back.
+    """
+    first = dataclasses.replace(fixed("pretrained", "dense", 1, 1, 1), length=1024)
+    return (first, *(dataclasses.replace(arm, start="pretrained", rate=0.3) for arm in arms))
 
 
 def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tuple[Arm, ...]:
@@ -137,6 +154,8 @@ def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tu
 
 DEFAULT = learned("default", 128, 128, 64)
 RECALL = equal_budget(32, 32, 8)
+FASTER = (("key_value", 10.0), ("value", 10.0))
+PRETRAINED = Model(init_method_std=0.04)
 SMALL = Model(2, 128, 256, 2, 2, init_method_std=0.08)
 
 
@@ -156,15 +175,27 @@ def recall_table(title: str, data: str, length: int) -> Table:
 
 
 TABLES: dict[str, Table] = {
-    "budget_4k": Table(
-        "Equal budget of 256 keys at 4,096 tokens",
+    "scratch_4k": Table(
+        "Equal budget of 256 keys at 4,096 tokens, from scratch",
         equal_budget(128, 128, 64),
         eval_lengths=(4096, 16_384, 65_536),
     ),
+    "budget_4k": Table(
+        "Dense at 1,024 tokens, then equal budgets of 256 keys at 4,096 (and twice the keys)",
+        longer(
+            (
+                *equal_budget(128, 128, 64, FASTER),
+                fixed("window 512", "recent", 256, 256, 64),
+                learned("SparseK key_value 256 + 256, scorer rate x 10", 256, 256, 64, scorer_lr_mult=10.0),
+            )
+        ),
+        model=PRETRAINED,
+    ),
     "budget_16k": Table(
-        "Equal budget of 512 keys at 16,384 tokens",
-        equal_budget(256, 256, 64),
+        "Dense at 1,024 tokens, then equal budgets of 512 keys at 16,384",
+        longer(equal_budget(256, 256, 64, FASTER)),
         length=16_384,
+        model=PRETRAINED,
         far=2048,
     ),
     "topk_window": Table(
@@ -212,24 +243,6 @@ TABLES: dict[str, Table] = {
     ),
     "recall_many": recall_table(
         "Associative recall: 96 pairs, more than topk can hold, among 1,024 tokens", "recall_many", 1024
-    ),
-    "from_dense": Table(
-        "From dense to 512 keys in 5 % of the steps",
-        (
-            fixed("dense", "dense", 256, 256, 64),
-            *(
-                dataclasses.replace(
-                    arm, name=f"dense -> {arm.name}", start="dense", part_of_steps=0.05, rate=0.3
-                )
-                for arm in (
-                    learned("SparseK", 256, 256, 64),
-                    fixed("window 512", "recent", 256, 256, 64),
-                    fixed("dense", "dense", 256, 256, 64),
-                )
-            ),
-            learned("SparseK from scratch", 256, 256, 64),
-        ),
-        steps=1000,
     ),
     "genome": Table(
         "Genome-like sequences of 3,000 bases", equal_budget(128, 128, 32), data="genome", length=3000

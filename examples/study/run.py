@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import re
@@ -38,7 +37,7 @@ quiet_dependencies()  # before megatron-core is imported
 from arms import TABLES, Arm, Model, Table  # noqa: E402
 from data import NAMES, Corpus, make  # noqa: E402
 from pace import Pace  # noqa: E402
-from train import Run, log_path, train  # noqa: E402
+from train import Run, train  # noqa: E402
 
 from sparsek_megatron.errors import UserError, report_user_errors  # noqa: E402
 
@@ -50,7 +49,9 @@ def micro_arm(arm: Arm) -> Arm:
     pool = topk if old.hard_selection else max(topk + 1, (old.pool or 0) // 16)
     stride = max(1, old.stride // 16)
     return dataclasses.replace(
-        arm, sparsek=dataclasses.replace(old, topk=topk, window=window, stride=stride, pool=pool)
+        arm,
+        sparsek=dataclasses.replace(old, topk=topk, window=window, stride=stride, pool=pool),
+        length=arm.length and arm.length // 16,
     )
 
 
@@ -132,11 +133,6 @@ def _run_all(runs: list[Run], jobs: int, deadline: float | None) -> int:
     return failed
 
 
-def _steps_taken(folder: Path, arm: str, seed: int) -> int:
-    lines = [json.loads(line) for line in log_path(folder, arm, seed).read_text().splitlines()]
-    return next(line["steps"] for line in lines if line["kind"] == "evaluation")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -161,8 +157,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="train for this long, start included, instead of a number of steps; arms that start from another's "
-        "weights then take their part of its steps",
+        nargs="+",
+        help="train until this many seconds after the start instead of for a number of steps; a second number is for "
+        "the arms that start from another's weights",
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--save", action="store_true", help="keep the weights of every run")
@@ -187,26 +184,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     name = "-".join([args.table, *([args.data] if args.data else []), *(["micro"] if args.micro else [])])
     folder = args.out / name
-    deadline = time.time() + args.seconds if args.seconds else None
+    began = time.time()
+    deadlines = [began + seconds for seconds in args.seconds or ()]
     corpus = Corpus(tuple(args.input), args.include, tuple(args.packages), args.tokenizer)
 
-    def runs(first: bool) -> list[Run]:
-        """The runs that start from nothing, or those that start from their weights."""
-        found = []
-        for seed in args.seeds:
-            for arm in arms:
-                if (arm.start is None) != first:
-                    continue
-                settings = table
-                if arm.start is not None and args.seconds:
-                    settings = dataclasses.replace(table, steps=_steps_taken(folder, arm.start, seed))
-                found.append(Run(args.table, arm, seed, settings, folder, corpus, args.save, args.eager))
-        return found
+    def run_arms(chosen: list[Arm], deadline: float | None) -> int:
+        runs = [
+            Run(args.table, arm, seed, table, folder, corpus, args.save, args.eager)
+            for seed in args.seeds
+            for arm in chosen
+        ]
+        return _run_all(runs, args.jobs, deadline)
 
     make(table.data, corpus, folder.parent / "data")  # encodes the text once, before the workers need it
-    failed = _run_all(runs(True), args.jobs, deadline)
-    if any(arm.start for arm in arms):
-        failed += _run_all(runs(False), args.jobs, None)
+    first, second = ([arm for arm in arms if (arm.start is None) == alone] for alone in (True, False))
+    if deadlines and len(deadlines) != (2 if second else 1):
+        raise UserError(
+            f"--seconds {' '.join(map(str, args.seconds))}: {args.table} has {2 if second else 1} parts, one after "
+            "the other; give a time for the end of each"
+        )
+    failed = run_arms(first, deadlines[0] if deadlines else None)
+    if second:
+        failed += run_arms(second, deadlines[1] if deadlines else None)
     from report import write
 
     print(write(table, folder, args.seeds), flush=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Iterable
@@ -122,6 +123,11 @@ def train(run: Run, pace: Pace | None = None) -> Path:
     return run.log
 
 
+def _lengths(model: GPTModel) -> dict[str, Any]:
+    """The scorers' reference lengths, which are this table's and not those of the weights it starts from."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("reference_length")}
+
+
 def _write(stream: TextIO, kind: str, **values: Any) -> None:
     stream.write(json.dumps({"kind": kind, **values}) + "\n")
     stream.flush()
@@ -134,10 +140,12 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
     model = build(arm, table, data.vocabulary, device)
     if arm.start is not None:
         weights = log_path(run.folder, arm.start, run.seed).with_suffix(".pt")
-        model.load_state_dict(torch.load(weights, map_location=device))
+        saved = torch.load(weights, map_location=device)
+        model.load_state_dict({**saved, **_lengths(model)})
     model.train()
     steps = max(1, round(table.steps * arm.part_of_steps))
-    size = max(1, table.tokens_per_step // table.length)
+    length = arm.length or table.length
+    size = max(1, table.tokens_per_step // length)
     _write(
         stream,
         "settings",
@@ -147,27 +155,32 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
         steps=steps if pace is None else None,
         batch=size,
         model=dataclasses.asdict(table.model),
-        length=table.length,
-        learning_rate=table.learning_rate,
+        length=length,
+        learning_rate=table.learning_rate * arm.rate,
         parameters=sum(p.numel() for p in model.parameters()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         torch=torch.__version__,
         corpus=getattr(data, "corpus", type(data).__name__),
     )
     optimizer = Optimizer(model, table.learning_rate * arm.rate, arm.sparsek.scorer_lr_mult)
-    stepper = Stepper(model, optimizer, size, table.length, eager=run.eager)
+    stepper = Stepper(model, optimizer, size, length, eager=run.eager)
     began, reached, a_step = time.time(), 0.0, 0.0 if pace is not None else 1 / steps
     while stepper.taken < steps if pace is None else reached < 1:
         chunk = CHUNK if pace is not None else min(CHUNK, steps - stepper.taken)
         for i in range(chunk):
-            batch = data.batch(run.seed, stepper.taken, size, table.length)
+            batch = data.batch(run.seed, stepper.taken, size, length)
             stepper.step(batch, rate_factor(stepper.taken, reached + i * a_step))
         loss = stepper.mean_loss()
         _write(stream, "train", step=stepper.taken, loss=loss, progress=reached, seconds=time.time() - began)
         reached, a_step = (stepper.taken / steps, a_step) if pace is None else pace.wait()
-    seconds = time.time() - began
-    for length in table.eval_lengths or (table.length,):
+    seconds, taken = time.time() - began, stepper.taken
+    del stepper, optimizer  # and with them the graph's memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    lengths = (length,) if arm.length else table.eval_lengths or (length,)
+    for length in lengths:
         result = evaluate(model, data.evaluation(length, table.evaluation_tokens), device, table.far)
-        _write(stream, "evaluation", steps=stepper.taken, seconds=seconds, **result)
+        _write(stream, "evaluation", steps=taken, seconds=seconds, **result)
     if run.save or any(other.start == arm.name for other in table.arms):
         torch.save(model.state_dict(), run.weights)

@@ -82,7 +82,7 @@ def test_generated_data_is_repeatable_and_inside_its_vocabulary(
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("table", ["budget_4k", "scorer", "slope", "layers"])
+@pytest.mark.parametrize("table", ["scratch_4k", "scorer", "slope", "layers"])
 def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None:
     import run
     from model import DenseCoreAttention, build, start_megatron
@@ -115,18 +115,18 @@ def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None
 def test_a_table_runs_and_continues(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trains a dense arm and one that starts from its weights, and writes every file; again it has nothing to do."""
+    """Trains a dense arm and two that start from its weights, and writes every file; again it has nothing to do."""
     import run
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = ["from_dense", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "dense -> SparseK"]
+    command = ["budget_4k", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "^dense|logit"]
     for _ in range(2):
         assert run.main([*command, "--data", "genome", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
-        assert "| dense -> SparseK | 1 | 1 |" in printed
-    assert "done" not in printed, "both runs were finished"
-    folder = tmp_path / "from_dense-genome-micro"
+        assert "| SparseK logit | 1 | 3 |" in printed
+    assert "done" not in printed, "all runs were finished"
+    folder = tmp_path / "budget_4k-genome-micro"
     pictures = ("loss_by_position_256.png", "loss_above_dense_256.png")
     for name in ("results.csv", "table.md", "hashes.txt", *pictures):
         assert (folder / name).stat().st_size > 0
-    assert len((folder / "results.csv").read_text().splitlines()) == 3
+    assert len((folder / "results.csv").read_text().splitlines()) == 4
