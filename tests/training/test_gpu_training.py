@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same programs on GPUs: NCCL, bfloat16 and the Triton kernels."""
 
+import csv
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.optimizer import clip_grads
 from programs import Prepared, run
 
 from sparsek_megatron.training.report import read_metrics
@@ -13,8 +15,19 @@ pytestmark = pytest.mark.gpu
 
 
 def train(prepared: Prepared, save: Path, *more: str) -> str:
-    model = "--hidden-size 128 --kv-channels 64 --seq-length 256 --sparsek-topk 32 --sparsek-window 32 --lr 3e-3"
-    flags = [*prepared.flags(save), *model.split(), "--load", str(save), "--train-iters", "12", "--save-interval", "4"]
+    model = (
+        "--hidden-size 128 --kv-channels 64 --seq-length 256 --sparsek-topk 32 --sparsek-window 32 --lr 3e-3"
+    )
+    flags = [
+        *prepared.flags(save),
+        *model.split(),
+        "--load",
+        str(save),
+        "--train-iters",
+        "12",
+        "--save-interval",
+        "4",
+    ]
     return run("pretrain_gpt.py", *flags, *more, gpu=True)
 
 
@@ -41,3 +54,17 @@ def test_two_gpus_follow_one(prepared, tmp_path, layout):
     train(prepared, tmp_path / "one", "--nproc-per-node", "1", *batch)
     train(prepared, tmp_path / "two", "--nproc-per-node", "2", *batch, *layout.split())
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=3e-2)
+
+
+@pytest.mark.skipif(
+    not hasattr(clip_grads, "multi_tensor_scale_tensor_impl"),
+    reason="this megatron-core reads the norm to clip by it",
+)
+def test_a_step_with_megatrons_optimizer_never_waits_for_the_gpu(tmp_path):
+    """In the profiler's trace of a whole step, optimizer included."""
+    case = "--shape 1.3b --num-layers 1 --tokens 4096 --arms sparsek --trainers mcore --warmup 2 --steps 1"
+    printed = run("benchmark_training.py", *case.split(), "--out", str(tmp_path), gpu=True)
+    with (tmp_path / "training.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["error"] == "" and int(row["kernels"]) > 100
+    assert row["host_waits"] == "0", printed
