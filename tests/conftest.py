@@ -5,6 +5,7 @@ launch/test.sh runs two pytest-xdist workers; the groups of tests that each take
 """
 
 import os
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,29 +21,37 @@ if not torch.cuda.is_available():  # read when a kernel is defined: set before a
 
 # A worker that is free takes the next group: the short ones are left for the end, where they keep both busy.
 LONGEST_FIRST = (
-    "distributed",
-    "test_attention.py",
-    "test_parallel_training.py",
-    "test_resume.py",
-    "test_attention_chunk.py",
-    "test_short_campaign.py",
-    "test_inspect.py",
-    "test_study.py",
+    "tests/distributed",
+    "tests/kernels/test_attention.py",
+    "tests/training/test_parallel_training.py",
+    "tests/training/test_resume.py",
+    "tests/kernels/test_attention_chunk.py",
+    "tests/faults/test_short_campaign.py",
+    "tests/plugin/test_inspect.py",
+    "tests/plugin/test_study.py",
 )
 
 
-def _group(item: pytest.Item) -> str:
-    """Name of the tests that one worker must run, because they share a launch of processes or a trained model."""
-    launched = {"launched", "launched_on_eight"} & set(getattr(item, "fixturenames", ()))
-    return "distributed" if launched else item.path.name
+def group(nodeid: str) -> str:
+    """The tests that one worker runs one after another: those of a file, or those that share a launch of processes."""
+    file = nodeid.partition("::")[0]
+    return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-        order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-        items.sort(key=lambda item: order.get(_group(item), len(order)))
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(group(item.nodeid), len(order)))
     if torch.cuda.is_available():
         return
     marker = pytest.mark.skip(reason="needs a CUDA device")
