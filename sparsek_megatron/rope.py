@@ -94,7 +94,7 @@ def fused_rope(
     """
     if not t.is_cuda:
         return rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
-    rotated: Any = _Rotate.apply(t, freqs.flatten(1), interleaved)
+    rotated: Any = _Rotate.apply(t, freqs.flatten(1).contiguous(), interleaved)
     return rotated
 
 
