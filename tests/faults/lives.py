@@ -13,7 +13,7 @@ import psutil
 from programs import REPOSITORY, Prepared, environment, kill_all
 
 from sparsek_megatron.training.manifest import check_contents, check_sizes
-from sparsek_megatron.training.report import read_metrics
+from sparsek_megatron.training.report import METRICS, read_metrics
 from sparsek_megatron.training.run_folder import candidates, checkpoint_name, newest_complete
 from sparsek_megatron.training.watchdog import EXIT_HANG
 
@@ -143,6 +143,14 @@ class Campaign:
         self.good = step or 0
         found = records(self.save)
         require(found == self.reference[: len(found)], "losses differ from the uninterrupted run's", said)
+
+    def tear(self) -> None:
+        """Leave what a kill in the middle of writing a checkpoint and a line of the log leaves."""
+        partial = self.save / f".partial-{checkpoint_name(self.good + self.save_interval)}"
+        partial.mkdir(exist_ok=True)
+        (partial / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+        with open(self.save / METRICS, "a") as stream:
+            stream.write('{"step": 7, "lo')
 
     def damage(self, kind: str) -> None:
         """Damage the newest checkpoint (or `latest`): the next life must name it and use the one before."""
