@@ -73,7 +73,8 @@ class Table:
     data            "text", "passkey", "recall", "recall_many", "lookup", "genome" or "series" (`data.py`)
     eval_lengths    lengths that the trained model is evaluated at; none means the training length
     evaluation_tokens  held-out tokens of each evaluation
-    far             positions from here on count as "beyond the window"
+    far             positions from here on count as "beyond the window"; for recall tasks distances
+    reference       name of the arm that losses are also given against
     """
 
     title: str
@@ -87,6 +88,7 @@ class Table:
     eval_lengths: tuple[int, ...] = ()
     evaluation_tokens: int = 1_048_576
     far: int = 1024
+    reference: str = "dense"
 
 
 def fixed(name: str, scores: str, topk: int, window: int, stride: int) -> Arm:
@@ -179,6 +181,7 @@ TABLES: dict[str, Table] = {
         "Equal budget of 256 keys at 4,096 tokens, from scratch",
         equal_budget(128, 128, 64),
         eval_lengths=(4096, 16_384, 65_536),
+        reference="window 256",
     ),
     "budget_4k": Table(
         "Dense at 1,024 tokens, then equal budgets of 256 keys at 4,096 (and twice the keys)",
@@ -190,6 +193,7 @@ TABLES: dict[str, Table] = {
             )
         ),
         model=PRETRAINED,
+        reference="window 256",
     ),
     "budget_16k": Table(
         "Dense at 1,024 tokens, then equal budgets of 512 keys at 16,384",
@@ -197,6 +201,7 @@ TABLES: dict[str, Table] = {
         length=16_384,
         model=PRETRAINED,
         far=2048,
+        reference="window 512",
     ),
     "topk_window": Table(
         "topk against window at 256 keys",

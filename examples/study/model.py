@@ -90,6 +90,7 @@ def start_megatron(seed: int) -> torch.device:
             enable_cpu()
         meeting = f"file://{tempfile.mkdtemp()}/ranks"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -58,41 +58,45 @@ def _by_arm(results: list[Result], length: int) -> dict[str, list[Result]]:
     return groups
 
 
-def _cell(group: list[Result], key: str, digits: int) -> str:
+def _cell(values: list[float], digits: int, sign: str = "") -> str:
     """Mean over seeds and, in brackets, each seed."""
-    values = [r.values[key] for r in group if r.values.get(key) is not None]
     if not values:
         return ""
-    each = ", ".join(f"{v:.{digits}f}" for v in values)
-    return f"{mean(values):.{digits}f} ({each})"
+    each = ", ".join(f"{v:{sign}.{digits}f}" for v in values)
+    return f"{mean(values):{sign}.{digits}f} ({each})"
+
+
+def _values(group: list[Result], key: str) -> list[float]:
+    return [r.values[key] for r in group if r.values.get(key) is not None]
+
+
+def _against(group: list[Result], reference: list[Result], key: str) -> list[float]:
+    """What each seed's value is above that of the reference with the same seed, which saw the same batches."""
+    base = {r.seed: r.values.get(key) for r in reference}
+    return [r.values[key] - base[r.seed] for r in group if r.values.get(key) is not None and base.get(r.seed)]
 
 
 def markdown(table: Table, results: list[Result]) -> str:
     """The table at every evaluated length: means over seeds, each seed in brackets."""
     parts = []
     for length in sorted({r.values["length"] for r in results}):
+        groups = _by_arm(results, length)
         recall = any("accuracy" in r.values for r in results)
-        heads = [
-            "arm",
-            "seeds",
-            "steps",
-            "loss",
-            *(
-                ["accuracy", f"accuracy from {table.far} tokens on"]
-                if recall
-                else [f"loss from position {table.far}"]
-            ),
-        ]
+        columns = (
+            {"loss": "loss", "accuracy": "accuracy", "accuracy_far": f"accuracy from {table.far} tokens on"}
+            if recall
+            else {"loss": "loss", "loss_far": f"loss from position {table.far}"}
+        )
+        reference = [] if recall else groups.get(table.reference, [])
+        heads = ["arm", "seeds", "steps", *columns.values()]
+        heads += [f"{columns[key]}, against {table.reference}" for key in columns if reference]
         lines = [f"**{table.title}**, evaluated at {length} tokens\n", "| " + " | ".join(heads) + " |"]
         lines.append("|---" * len(heads) + "|")
-        for arm, group in _by_arm(results, length).items():
+        for arm, group in groups.items():
             steps = sorted({r.values["steps"] for r in group})
-            last = (
-                [_cell(group, "accuracy", 3), _cell(group, "accuracy_far", 3)]
-                if recall
-                else [_cell(group, "loss_far", 4)]
-            )
-            cells = [arm, str(len(group)), ", ".join(map(str, steps)), _cell(group, "loss", 4), *last]
+            cells = [arm, str(len(group)), ", ".join(map(str, steps))]
+            cells += [_cell(_values(group, key), 3 if "accuracy" in key else 4) for key in columns]
+            cells += [_cell(_against(group, reference, key), 4, "+") for key in columns if reference]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -144,19 +148,20 @@ def write(table: Table, folder: Path, seeds: list[int]) -> str:
     with atomic_write(folder / "table.md") as stream:
         stream.write(text)
     for length in sorted({r.values["length"] for r in results}):
-        losses = _curves(results, length, "loss_by_position")
-        _plot(folder / f"loss_by_position_{length}.png", losses, table.title, "position", "nats per token")
-        if "dense" in losses and len(losses) > 1:
-            _, dense = losses["dense"]
-            gaps = {
-                arm: (places, [a - b for a, b in zip(values, dense, strict=True)])
-                for arm, (places, values) in losses.items()
-                if arm != "dense"
-            }
-            path = folder / f"loss_above_dense_{length}.png"
-            _plot(path, gaps, f"{table.title}: above dense", "position", "nats per token")
         accuracy = _curves(results, length, "accuracy_by_distance")
         if accuracy:
             path = folder / f"accuracy_by_distance_{length}.png"
             _plot(path, accuracy, table.title, "tokens between answer and question", "accuracy")
+            continue
+        losses = _curves(results, length, "loss_by_position")
+        _plot(folder / f"loss_by_position_{length}.png", losses, table.title, "position", "nats per token")
+        if table.reference in losses and len(losses) > 1:
+            _, base = losses[table.reference]
+            gaps = {
+                arm: (places, [x - y for x, y in zip(values, base, strict=True)])
+                for arm, (places, values) in losses.items()
+                if arm != table.reference
+            }
+            title = f"{table.title}: against {table.reference}"
+            _plot(folder / f"loss_against_reference_{length}.png", gaps, title, "position", "nats per token")
     return text

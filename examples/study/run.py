@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ def _run_all(runs: list[Run], jobs: int, deadline: float | None) -> int:
         raise UserError(
             f"--jobs {jobs}: with --seconds all {len(waiting)} runs go side by side; give --jobs that many"
         )
-    failed, context = 0, _context()
+    if jobs == 1 and deadline is None:  # in this process
+        return sum(_report(run, lambda run=run: train(run), time.time()) for run in waiting)
+    context = _context()
     pace = Pace(context, len(waiting), deadline) if deadline is not None else None
     jobs = min(jobs, len(waiting))
     gpus = context.Queue()  # each worker takes one, so that all visible GPUs are used
@@ -125,12 +128,19 @@ def _run_all(runs: list[Run], jobs: int, deadline: float | None) -> int:
     with ProcessPoolExecutor(jobs, context, _start_worker, (gpus, pace)) as pool:
         began = time.time()
         futures = {pool.submit(_train, run): run for run in waiting}
-        for future in as_completed(futures):
-            run, error = futures[future], future.exception()
-            failed += error is not None
-            outcome = "done" if error is None else f"FAILED: {type(error).__name__}: {error}"
-            print(f"{time.time() - began:6.0f} s  {run.arm.name}, seed {run.seed}: {outcome}", flush=True)
-    return failed
+        return sum(_report(futures[future], future.result, began) for future in as_completed(futures))
+
+
+def _report(run: Run, result: Callable[[], object], began: float) -> bool:
+    """Print how a run ended; whether it failed."""
+    try:
+        result()
+    except Exception as error:  # the other runs go on, and the command's exit status says so
+        outcome = f"FAILED: {type(error).__name__}: {error}"
+    else:
+        outcome = "done"
+    print(f"{time.time() - began:6.0f} s  {run.arm.name}, seed {run.seed}: {outcome}", flush=True)
+    return outcome != "done"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

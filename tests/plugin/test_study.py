@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +115,84 @@ def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None
                 assert torch.equal(scores[..., 0], scores[..., 1])
 
 
+def test_runs_side_by_side_stop_at_the_same_step(study: Any) -> None:
+    """Three runs of different speeds, one of which fails on its way."""
+    import multiprocessing
+
+    from pace import CHUNK, Pace
+
+    pace = Pace(multiprocessing.get_context("spawn"), 3, time.time() + 0.3)
+    taken: dict[int, list[tuple[float, float]]] = {0: [], 1: [], 2: []}
+
+    def run(number: int) -> None:
+        try:
+            reached = 0.0
+            while reached < 1 and not (number == 2 and len(taken[2]) == 3):
+                time.sleep(0.01 * number)
+                reached, a_step = pace.wait()
+                taken[number].append((reached, a_step))
+        finally:
+            pace.leave()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert taken[0] == taken[1] and taken[0][:3] == taken[2] and len(taken[2]) == 3
+    progress = [reached for reached, _ in taken[0]]
+    assert progress[0] == 0 and progress[-1] == 1 and progress == sorted(progress)
+    assert taken[0][1][1] == pytest.approx((progress[1] - progress[0]) / CHUNK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dense", "window 256", "SparseK key_value"])
+def test_captured_steps_are_the_eager_ones(name: str, study: Any) -> None:
+    import run
+    from data import Batch, generator
+    from megatron.core import parallel_state
+    from model import build, start_megatron
+    from steps import EAGER_STEPS, Optimizer, Stepper
+
+    table = run.micro(study.TABLES["scratch_4k"])
+    table = dataclasses.replace(table, model=dataclasses.replace(table.model, hidden_size=128))
+    arm = next(arm for arm in table.arms if arm.name == name)
+    losses = []
+    for eager in (True, False):
+        device = start_megatron(3)
+        model = build(arm, table, 64, device)
+        stepper = Stepper(model, Optimizer(model, 2e-3, 1.0), 2, 256, eager=eager)
+        found = []
+        for step in range(EAGER_STEPS + 5):
+            tokens = torch.randint(0, 64, (2, 257), generator=generator(step)).cumsum(1) % 64
+            stepper.step(Batch(tokens, torch.ones(2, 256)), 1.0)
+            found.append(stepper.mean_loss())
+        losses.append(found)
+        assert (stepper.graph is None) == eager
+    parallel_state.destroy_model_parallel()
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[0][-1] < losses[0][0] - 0.02, "the weights move between replays"
+
+
+@pytest.mark.usefixtures("megatron")
 def test_a_table_runs_and_continues(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trains a dense arm and two that start from its weights, and writes every file; again it has nothing to do."""
     import run
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = ["budget_4k", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "^dense|logit"]
+    import data
+
+    monkeypatch.setattr(data.Drawn, "sequences", 16)
+    command = ["budget_4k", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "^dense|^window 256|logit"]
     for _ in range(2):
         assert run.main([*command, "--data", "genome", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "| SparseK logit | 1 | 3 |" in printed
     assert "done" not in printed, "all runs were finished"
     folder = tmp_path / "budget_4k-genome-micro"
-    pictures = ("loss_by_position_256.png", "loss_above_dense_256.png")
+    pictures = ("loss_by_position_256.png", "loss_against_reference_256.png")
     for name in ("results.csv", "table.md", "hashes.txt", *pictures):
         assert (folder / name).stat().st_size > 0
-    assert len((folder / "results.csv").read_text().splitlines()) == 4
+    assert len((folder / "results.csv").read_text().splitlines()) == 5
