@@ -127,7 +127,7 @@ class Campaign:
             if kind == "publishing" and set(self.save.glob("step_*")) - present:
                 time.sleep(self.random.uniform(0.0, 0.002))
                 return True
-            time.sleep(0.0005)
+            time.sleep(0.002)
         return False
 
     def last_logged(self) -> int:
