@@ -353,6 +353,14 @@ def test_triton_steps_give_the_bits_of_the_torch_backend(options, n, cut):
     expected, reference = generate(inputs, cut, **options)
     actual, cache = generate(inputs, cut, backend="triton", **options)
     assert largest_error(actual, expected) < 1e-5
+    same_bits(cache, reference)
+    for start, stop in ((0, 5), (5, 18)):  # pieces of a prompt on top of what both hold
+        piece = part(inputs, start, stop)
+        assert largest_error(cache.prefill(*piece), reference.prefill(*piece)) < 1e-5
+        same_bits(cache, reference)
+
+
+def same_bits(cache, reference):
     for name in ("pool", "threshold", "length", "score", "place", "key", "value"):
         assert torch.equal(getattr(cache._buffers, name), getattr(reference._buffers, name)), name
 

@@ -10,13 +10,11 @@ from dataclasses import replace
 import torch
 
 from sparsek_kernels.attention.api import BACKENDS
-from sparsek_kernels.attention.chunk import AttentionState, sparsek_attention_chunk
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP
 from sparsek_kernels.cache.file import read_file, write_file
 from sparsek_kernels.cache.layout import Buffers, CacheSettings
-from sparsek_kernels.cache.state import continued, read_state, write_state
-from sparsek_kernels.cache.torch_backend import append_torch, attend_torch
-from sparsek_kernels.cache.triton_backend import append_triton, attend_triton
+from sparsek_kernels.cache.torch_backend import append_torch, attend_torch, prefill_torch
+from sparsek_kernels.cache.triton_backend import append_triton, attend_triton, prefill_triton
 
 PREFILL_TOKENS = 65_536  # tokens (over the rows of a group) that one call of the attention kernels takes
 UNKNOWN = -1  # length of a row that captured steps may have moved on
@@ -202,59 +200,42 @@ class SparseKCache:
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (past, count) in enumerate(zip(self.lengths_on_host(), counts, strict=True)):
             groups.setdefault((past, count), []).append(row)
-        finished = []
+        results = []
         for (past, count), chosen in groups.items():
             if count:
                 rows = None if len(chosen) == batch else torch.tensor(chosen, device=self.device)
-                part, state = self._continue(rows, (query, key, value, scores), past, count)
-                finished.append((rows, part, state, past + count))
-        for rows, _, state, length in finished:  # nothing is stored before everything has been computed
-            self._store(rows, state, length)
+                results.append((rows, *self._continue(rows, (query, key, value, scores), past, count)))
+        for rows, _, buffers in results:  # nothing is stored before everything has been computed
+            self._replace(rows, buffers)
         self._grow(torch.tensor(counts))
-        if min(counts) == tokens and len(finished) == 1:
-            return finished[0][1]
+        if min(counts) == tokens and len(results) == 1:
+            return results[0][1]
         out = query.new_zeros(query.shape)
-        for rows, part, _, _ in finished:
+        for rows, part, _ in results:
             out[slice(None) if rows is None else rows, : part.shape[1]] = part
         return out
 
-    def _select(self, rows: torch.Tensor | None) -> Buffers:
-        """The buffers of some rows: a copy, or all of them themselves."""
-        return self._buffers if rows is None else self._buffers.map(lambda x: x[rows])
-
     def _continue(
         self, rows: torch.Tensor | None, inputs: tuple[torch.Tensor, ...], past: int, count: int
-    ) -> tuple[torch.Tensor, AttentionState]:
-        """Attention of the first `count` tokens of rows that all hold `past` tokens, and the state after them."""
-        settings = self.settings
+    ) -> tuple[torch.Tensor, Buffers]:
+        """Attention of the first `count` tokens of rows (None: all) that hold `past` each, and their buffers after it:
+        the cache's own where one call of the kernels does it all, whose last act is to write them."""
         chosen = [x[:, :count] if rows is None else x[rows, :count] for x in inputs]
-        state = read_state(self._select(rows), settings, past) if past else None
+        pieces = list(zip(*(x.split(max(PREFILL_TOKENS // len(x), 1), dim=1) for x in chosen), strict=True))
+        buffers = self._buffers
+        if rows is not None or len(pieces) > 1:
+            buffers = buffers.map(lambda x: x.clone() if rows is None else x[rows])
+        run = prefill_triton if self.backend == "triton" else prefill_torch
         outputs = []
-        for piece in zip(*(x.split(max(PREFILL_TOKENS // len(x), 1), dim=1) for x in chosen), strict=True):
-            if outputs:
-                state = continued(state, settings, past)
-            out, state = sparsek_attention_chunk(
-                *piece,
-                topk=settings.topk,
-                window=settings.window,
-                stride=settings.stride,
-                pool=settings.pool,
-                gate=settings.gate,
-                softmax_scale=settings.softmax_scale,
-                state=state,
-                backend=self.backend,
-            )
+        for piece in pieces:
+            outputs.append(run(buffers, self.settings, past, *piece))
             past += piece[0].shape[1]
-            outputs.append(out)
-        assert state is not None
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), buffers
 
-    def _store(self, rows: torch.Tensor | None, state: AttentionState, length: int) -> None:
-        buffers = self._select(rows)
-        write_state(buffers, self.settings, state, length)
-        if rows is not None:
+    def _replace(self, rows: torch.Tensor | None, buffers: Buffers) -> None:
+        if buffers is not self._buffers:
             for name, tensor in buffers.tensors().items():
-                getattr(self._buffers, name)[rows] = tensor
+                getattr(self._buffers, name)[slice(None) if rows is None else rows] = tensor
 
     @torch.no_grad()
     def decode(

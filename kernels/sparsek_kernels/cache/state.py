@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exchange between a cache's buffers and `AttentionState`, which the kernels of prefill take and return.
+"""Exchange between a cache's buffers and `AttentionState`, which attention of a chunk takes and returns.
 
 Selection and attention depend on a position by its place within a list tile, and by whether the pool and the window
-were full before it. So a state gives the kernels a stand-in for its length that stops growing (`stand_in_length`): the
+were full before it. So prefill names a stand-in for the rows' length that stops growing (`stand_in_length`): the
 launches prepared for one piece of a prompt then serve all later ones, and positions never pass the range of int32.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 
@@ -26,19 +24,6 @@ def stand_in_length(settings: CacheSettings, length: int) -> int:
     return length if length < full else full + (length - full) % period
 
 
-def continued(state: AttentionState, settings: CacheSettings, length: int) -> AttentionState:
-    """A state at `length` tokens as the kernels take it, whatever positions it names.
-
-    Pool positions only tell members apart and order ties, and no member is as recent as a token that has not been
-    offered yet. So a member's rank serves as its position.
-    """
-    pool = state.selection.pool_scores
-    rank = torch.arange(settings.pool, dtype=torch.int32, device=pool.device)
-    index = rank.masked_fill(pool == float("-inf"), -1)
-    stand_in = stand_in_length(settings, length)
-    return replace(state, selection=replace(state.selection, length=stand_in, pool_index=index))
-
-
 def _ring_parts(settings: CacheSettings, length: int) -> list[slice]:
     """Where the last ring - 1 of `length` tokens live among the rows, oldest first: one part, or two that wrap."""
     topk, ring = settings.topk, settings.ring
@@ -49,21 +34,26 @@ def _ring_parts(settings: CacheSettings, length: int) -> list[slice]:
 
 
 def read_state(buffers: Buffers, settings: CacheSettings, length: int) -> AttentionState:
-    """`AttentionState` of rows that have all consumed `length` tokens, at least 1. Copies."""
+    """`AttentionState` of rows that have all consumed `length` tokens, at least 1. Copies.
+
+    Pool positions only tell members apart and order ties, and no member is as recent as a token that has not been
+    offered yet. So a member's rank serves as its position.
+    """
     parts, place = _ring_parts(settings, length), buffers.place.long()
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         chosen = x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
         return torch.cat([chosen, *(x[:, :, part] for part in parts)], dim=2).transpose(1, 2)
 
+    rank = torch.arange(settings.pool, dtype=torch.int32, device=place.device)
     selection = SelectionState(
-        length=length,
+        length=stand_in_length(settings, length),
         pool_scores=buffers.pool.clone(),
-        pool_index=place,  # `continued` names the members
+        pool_index=rank.masked_fill(buffers.pool == float("-inf"), -1),
         recent_scores=torch.cat([buffers.score[:, :, part] for part in parts], dim=2),
         threshold=join(buffers.threshold[..., 0], buffers.threshold[..., 1]),
     )
-    return continued(AttentionState(selection, rows(buffers.key), rows(buffers.value)), settings, length)
+    return AttentionState(selection, rows(buffers.key), rows(buffers.value))
 
 
 def write_state(buffers: Buffers, settings: CacheSettings, state: AttentionState, length: int) -> None:

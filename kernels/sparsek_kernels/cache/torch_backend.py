@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step in torch: the definition of what the Triton kernels compute, on any device.
+"""Generation in torch: the definition of what the Triton kernels compute, on any device.
 
 Rows of the batch may have different lengths and refresh at different steps. It synchronises where rows are refreshed.
 """
@@ -8,8 +8,33 @@ from __future__ import annotations
 
 import torch
 
+from sparsek_kernels.attention.chunk import sparsek_attention_chunk
 from sparsek_kernels.cache.layout import Buffers, CacheSettings
+from sparsek_kernels.cache.state import read_state, write_state
 from sparsek_kernels.selection.threshold import exact_threshold, split
+
+
+def prefill_torch(
+    buffers: Buffers,
+    settings: CacheSettings,
+    past: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    """Append s tokens to rows that all hold `past`, and return their attention: query [b, s, hq, d] -> the same shape.
+
+    key, value [b, s, hkv, d], scores [b, s, hkv] fp32.
+    """
+    out, state = sparsek_attention_chunk(
+        query, key, value, scores,
+        topk=settings.topk, window=settings.window, stride=settings.stride, pool=settings.pool, gate=settings.gate,
+        softmax_scale=settings.softmax_scale, state=read_state(buffers, settings, past) if past else None,
+        backend="torch",
+    )  # fmt: skip
+    write_state(buffers, settings, state, past + scores.shape[1])
+    return out
 
 
 def append_torch(

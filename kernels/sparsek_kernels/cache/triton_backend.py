@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the decoding kernels: sizes depend on shapes alone, so a step can be captured in a CUDA graph."""
+"""Launches of generation: prefill through the kernels of training, and the two kernels of a decoding step.
+
+The sizes of a decoding step depend on shapes alone, so it can be captured in a CUDA graph. Those of prefill depend on
+the rows' common length too; the host waits for the device in neither.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,12 @@ from sparsek_kernels.attention.tile import GATE_CODE
 from sparsek_kernels.cache.append_kernel import cache_append_kernel
 from sparsek_kernels.cache.decode_kernel import cache_combine_kernel, cache_decode_kernel
 from sparsek_kernels.cache.layout import Buffers, CacheSettings
+from sparsek_kernels.cache.prefill_kernels import cache_extend_kernel, cache_store_kernel
+from sparsek_kernels.cache.state import stand_in_length
+from sparsek_kernels.launch import launch
 
+MAX_PAIRS = 65_535  # (row, KV head) pairs are the second dimension of the grids of prefill
+PREFILL_BLOCK = 32  # rows that a program moves between the cache and the keys of a piece
 MAX_CHUNK = 64  # newcomers that one merge takes; a longer stride merges several times
 
 
@@ -39,6 +48,72 @@ def _pad(n: int) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def prefill_triton(
+    buffers: Buffers,
+    settings: CacheSettings,
+    past: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    """Append s tokens to rows that all hold `past`, and return their attention: query [b, s, hq, d] -> the same shape.
+
+    key, value [b, s, hkv, d], scores [b, s, hkv] fp32. The cache is written by the last launch. About ten launches and
+    as many allocations: a piece of 32k tokens takes the GPU longer than the host.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    batch, tokens, heads = scores.shape
+    pairs, stand_in = batch * heads, stand_in_length(settings, past)
+    if pairs > MAX_PAIRS:
+        raise NotImplementedError(
+            f"{batch} rows of {heads} heads in one prefill; the triton backend takes up to {MAX_PAIRS} in all"
+        )
+    sizes = (settings.topk, settings.window, settings.stride, settings.pool)
+    names = ("TOPK", "WINDOW", "STRIDE", "POOL")
+    constants = dict(zip(names, sizes, strict=True)) | {
+        "D": settings.head_dim,
+        "D_PAD": max(16, _pad(settings.head_dim)),
+        "BLOCK": PREFILL_BLOCK,
+    }
+    recent = settings.ring - 1
+    first, keys, values, every = tokens - recent, key, value, scores
+    if past:
+        size = settings.pool + recent + tokens
+        first = settings.pool + tokens
+        keys, values = (x.new_empty(batch, size, heads, settings.head_dim) for x in (key, value))
+        every = scores.new_empty(batch, heads, size)
+        held = (buffers.key, buffers.value, buffers.score, buffers.place, buffers.pool)
+        launch(
+            cache_extend_kernel, (-(-size // PREFILL_BLOCK), pairs),
+            (key, value, scores, *held, keys, values, every),
+            (*key.stride()[:3], *value.stride()[:3], *scores.stride(), heads, tokens, (past + 1) % settings.ring),
+            constants,
+        )  # fmt: skip
+        every = every.transpose(1, 2)
+    thresholds, size_of_f, lists, intervals, best = torch.ops.sparsek.select(
+        every, None, stand_in, tokens, *sizes, past > 0, settings.hard, True
+    )
+    (high, low), (evict, start, end) = thresholds.unbind(0), intervals.unbind(0)
+    out, _ = torch.ops.sparsek.attention(
+        query, keys, values, every, high, low, evict, lists, start, end, size_of_f, None, *sizes, stand_in,
+        settings.gate, settings.softmax_scale,
+    )  # fmt: skip
+    entries = max(settings.pool, settings.rows)
+    fields = ("key", "value", "score", "place", "threshold", "pool")
+    launch(
+        cache_store_kernel, (-(-entries // PREFILL_BLOCK), pairs),
+        (keys, values, every, best, high, low, *(getattr(buffers, name) for name in fields)),
+        (
+            *keys.stride()[:3], *values.stride()[:3], *every.stride(), heads,
+            *best.stride()[:2], high.shape[2], first, (past + tokens + 1) % settings.ring,
+        ),
+        constants,
+    )  # fmt: skip
+    buffers.length.fill_(past + tokens)
+    return out
 
 
 def append_triton(
