@@ -75,19 +75,19 @@ class Machine:
     fast: float
     slow: float
     latency: float = 2e-5
-    exchange: float = 1e-3
+    exchange: float = 4e-4
 
 
 # Peak and memory from the data sheet; attention measured; `matmul`, `fast` and `exchange` fitted to two GPUs
 # (examples/benchmark_scaling.md). `slow` and `latency` are assumptions.
 H200 = Machine(
     peak=989e12,
-    matmul=0.65,
+    matmul=0.53,
     attention_forward=304e12,
     attention_backward=236e12,
     memory=0.9 * 141e9,
     node=8,
-    fast=350e9,
+    fast=296e9,
     slow=40e9,
 )
 
