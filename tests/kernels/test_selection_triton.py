@@ -4,20 +4,33 @@
 import pytest
 import torch
 from sparsek_kernels import select
-from sparsek_kernels.selection import score_gradient, triton_backend
-from sparsek_kernels.selection.triton_backend import Plan
+from sparsek_kernels.selection import call, score_gradient
+from sparsek_kernels.selection.plan import Plan
 from test_selection import FIELDS, STATE_FIELDS, make_scores
 
-TINY = Plan(block=16, group=2, slots=5, sort_warps=1, scan_warps=1, walk_warps=1, walk_registers=128)
+TINY = Plan(
+    block=16,
+    group=2,
+    chunk=8,
+    slots=5,
+    lanes=8,
+    interval_block=64,
+    sort_warps=1,
+    scan_warps=1,
+    merge_warps=1,
+    walk_warps=1,
+    walk_registers=64,
+    interval_warps=1,
+)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Many blocks and groups at sizes that the interpreter can run."""
-    triton_backend.remembered_call.cache_clear()
-    monkeypatch.setattr(triton_backend, "make_plan", lambda *args: TINY)
+    call.remembered_call.cache_clear()
+    monkeypatch.setattr(call, "make_plan", lambda *args: TINY)
     yield
-    triton_backend.remembered_call.cache_clear()
+    call.remembered_call.cache_clear()
 
 
 def assert_same(scores, *, device="cpu", **kw):
@@ -182,6 +195,21 @@ def test_gpu_score_gradient():
         b = score_gradient(selection, key_sum, query_sum, backend="torch")
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         assert torch.equal(a, score_gradient(selection, key_sum, query_sum))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("topk", [512, 2048])
+@pytest.mark.parametrize("stride", [1, 64])
+@pytest.mark.parametrize("n", [8_192, 40_000])
+def test_gpu_memory_is_bounded(n, stride, topk):
+    """At most 64 + 4 topk / 64 bytes per token and row, transient and kept together."""
+    scores = torch.randn(1, n, 8, device="cuda")
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        select(scores, topk=topk, window=512, stride=stride)
+    torch.cuda.synchronize()
+    assert (torch.cuda.max_memory_allocated() - before) / scores.numel() <= 64 + 4 * topk / 64
 
 
 @pytest.mark.gpu

@@ -119,32 +119,43 @@ def intervals(
     high_ptr += row * num_slots
     low_ptr += row * num_slots
 
+    # A key that the pool has no place for when it arrives is neither selected nor in F. For the others, F begins no
+    # later than the selection ends, and ends no earlier: saturated keys are selected, and selected gates are not zero.
     leave = tl.minimum(first_slot + arrival, stop)
+    held = live & (leave < stop)
+    held = held & (_bound(worst_ptr, leave, held, scores, score_stride_s, INDEXED) <= key)
+    leave_stop = tl.where(held, stop, leave)
     start = leave
-    end = leave
-    leave_stop = stop
-    start_stop = stop
-    end_stop = stop
-    for _ in range(steps):
-        open_ = live & (leave < leave_stop)
+    steps_left = tl.max(leave_stop - leave, 0)
+    while steps_left > 0:
+        open_ = leave < leave_stop
         middle = (leave + leave_stop) // 2
         holds = _bound(best_ptr, middle, open_, scores, score_stride_s, INDEXED) > key
         leave_stop = tl.where(open_ & holds, middle, leave_stop)
         leave = tl.where(open_ & (holds == 0), middle + 1, leave)
+        steps_left = steps_left >> 1
 
-        open_ = live & (start < start_stop)
+    start_stop = leave
+    steps_left = tl.max(start_stop - start, 0)
+    while steps_left > 0:
+        open_ = start < start_stop
         middle = (start + start_stop) // 2
         holds = u - _threshold(high_ptr, low_ptr, middle, open_) < 1.0
         start_stop = tl.where(open_ & holds, middle, start_stop)
         start = tl.where(open_ & (holds == 0), middle + 1, start)
+        steps_left = steps_left >> 1
 
-        open_ = live & (end < end_stop)
+    end = leave
+    end_stop = tl.where(held, stop, leave)
+    steps_left = tl.max(end_stop - end, 0)
+    while steps_left > 0:
+        open_ = end < end_stop
         middle = (end + end_stop) // 2
         holds = u - _threshold(high_ptr, low_ptr, middle, open_) <= 0.0
         holds = holds | (_bound(worst_ptr, middle, open_, scores, score_stride_s, INDEXED) > key)
         end_stop = tl.where(open_ & holds, middle, end_stop)
         end = tl.where(open_ & (holds == 0), middle + 1, end)
-    start = tl.minimum(start, end)
+        steps_left = steps_left >> 1
     evict = first_token + (leave - first_slot + first_refresh) * stride - past
     evict = tl.minimum(tl.maximum(evict, 0), last_token)
     out = row * num_keys + j

@@ -12,6 +12,9 @@ import triton.language as tl
 
 EMPTY = tl.constexpr(-(1 << 63))
 LOW = tl.constexpr((1 << 31) - 1)
+NEVER = tl.constexpr(0xFFFF << 16)
+"""Word of a prepared block (`block_kernels.py`) that is offered to no slot."""
+LIMIT = tl.constexpr(4611686018427387904.0)  # 2^62
 
 
 @triton.jit
@@ -51,27 +54,41 @@ def count_above(list_ptr, key, LOG_COUNT: tl.constexpr, OR_EQUAL: tl.constexpr):
 
 
 @triton.jit
-def merge_best(out_ptr, a_ptr, b_ptr, LOG_A: tl.constexpr, LOG_B: tl.constexpr):
-    """out = the 2^LOG_A largest keys of two descending lists of 2^LOG_A and 2^LOG_B keys, descending. out may be b.
+def merge_best(out_ptr, a_ptr, b_ptr, LOG_SIZE: tl.constexpr):
+    """out = the 2^LOG_SIZE largest keys of two descending lists of as many keys, descending. out may be b.
 
     The place of b[j] is j plus the number of keys of a before it, a binary search; what places remain belong to the
     keys of a in order. out starts as a copy of a, so a place that b took is one that differs from a. Reading all of a
-    first also brings it into L1 for the search.
+    first also brings it into L1 for the search. Keys of b below the last one of a have no place: the second and the
+    last two quarters of b are searched for only where they begin above it.
     """
-    lane_a = tl.arange(0, 1 << LOG_A)
-    lane_b = tl.arange(0, 1 << LOG_B)
-    key_a = tl.load(a_ptr + lane_a)
-    key_b = tl.load(b_ptr + lane_b)
+    QUARTER: tl.constexpr = 1 << (LOG_SIZE - 2)
+    lane = tl.arange(0, 4 * QUARTER)
+    quarter = tl.arange(0, QUARTER)
+    half = tl.arange(0, 2 * QUARTER)
+    key_a = tl.load(a_ptr + lane)
+    last_a = tl.load(a_ptr + 4 * QUARTER - 1)
+    first = tl.load(b_ptr + quarter)
+    second = tl.load(b_ptr + QUARTER + quarter)
+    rest = tl.load(b_ptr + 2 * QUARTER + half)
+    begins_second = tl.load(b_ptr + QUARTER)
+    begins_rest = tl.load(b_ptr + 2 * QUARTER)
     tl.debug_barrier()
-    tl.store(out_ptr + lane_a, key_a)
-    place_b = lane_b + count_above(a_ptr, key_b, LOG_A, True)
+    tl.store(out_ptr + lane, key_a)
     tl.debug_barrier()
-    tl.store(out_ptr + place_b, key_b, mask=place_b < (1 << LOG_A))
+    place = quarter + count_above(a_ptr, first, LOG_SIZE, True)
+    tl.store(out_ptr + place, first, mask=place < 4 * QUARTER)
+    if begins_second > last_a:
+        place = QUARTER + quarter + count_above(a_ptr, second, LOG_SIZE, True)
+        tl.store(out_ptr + place, second, mask=place < 4 * QUARTER)
+    if begins_rest > last_a:
+        place_rest = 2 * QUARTER + half + count_above(a_ptr, rest, LOG_SIZE, True)
+        tl.store(out_ptr + place_rest, rest, mask=place_rest < 4 * QUARTER)
     tl.debug_barrier()
-    key = tl.load(out_ptr + lane_a)
+    key = tl.load(out_ptr + lane)
     free = key == key_a
-    source = lane_a - tl.cumsum((key != key_a).to(tl.int32), 0)
-    tl.store(out_ptr + lane_a, tl.load(a_ptr + source, mask=free, other=EMPTY), mask=free)
+    source = lane - tl.cumsum((key != key_a).to(tl.int32), 0)
+    tl.store(out_ptr + lane, tl.load(a_ptr + source, mask=free, other=EMPTY), mask=free)
     tl.debug_barrier()
 
 
@@ -93,3 +110,9 @@ def round_to_grid(score):
     """Scores in units of the grid of `threshold.py`, as float64 integers."""
     z = score.to(tl.float64)
     return tl.where(tl.abs(z) < 8192.0, (z + 24576.0) - 24576.0, z) * 274877906944.0
+
+
+@triton.jit
+def grid_integer(z):
+    """Grid units as int64. Scores beyond 2^24 saturate: there F holds nothing but ties of z_(k), whose sum cancels."""
+    return tl.minimum(tl.maximum(z, -LIMIT), LIMIT).to(tl.int64)
