@@ -150,20 +150,12 @@ interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("n", "hq", "hkv", "d", "topk", "window", "stride", "pool", "gate"),
     [
-        (
-            300,
-            4,
-            1,
-            64,
-            40,
-            20,
-            64,
-            100,
-            "key_value",
-        ),  # one refresh point a tile, full blocks of the list and a rest
-        (261, 3, 1, 80, 16, 20, 8, 40, "logit"),  # several refresh points a tile, surplus head rows, padded d
+        # One refresh point a tile, full blocks of the list and a rest.
+        (200, 2, 1, 64, 40, 20, 64, 100, "key_value"),
+        # Several refresh points a tile, surplus head rows, padded d.
+        (200, 3, 1, 80, 16, 20, 8, 40, "logit"),
         (200, 2, 2, 64, 8, 5, 1, 32, "value"),
-        (270, 7, 1, 64, 8, 130, 64, 32, "logit"),
+        (200, 7, 1, 64, 8, 130, 64, 32, "logit"),
     ],
 )
 def test_interpreted_kernels(short_segments, n, hq, hkv, d, topk, window, stride, pool, gate):
