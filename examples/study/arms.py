@@ -31,6 +31,7 @@ class Arm:
                   learned vector per KV head times the normalised keys, after RoPE; "dense": full causal attention
     full_layers  indices of layers with full attention in an otherwise sparse arm
     shared        one selection for all KV heads of a layer (the mean of their scores)
+    slope         the position slope's value at initialisation
     fixed_slope   the position slope is this constant instead of learned
     start         name of an arm of the same table whose trained weights this arm starts from
     part_of_steps  fraction of the table's steps that this arm trains for
@@ -43,6 +44,7 @@ class Arm:
     scores: str = "learned"
     full_layers: tuple[int, ...] = ()
     shared: bool = False
+    slope: float = 0.0
     fixed_slope: float | None = None
     start: str | None = None
     part_of_steps: float = 1.0
@@ -154,6 +156,12 @@ def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tu
     return tuple(arms)
 
 
+def sloped(slope: float, topk: int, window: int, gate: str = "key_value") -> Arm:
+    """SparseK whose position slope starts at `slope`: a key's score falls by 1 in L_ref / slope tokens of age."""
+    name = f"SparseK {gate}, scorer rate x 10, slope {slope:g}"
+    return learned(name, topk, window, 64, gate=gate, scorer_lr_mult=10.0, slope=slope)
+
+
 DEFAULT = learned("default", 128, 128, 64)
 RECALL = equal_budget(32, 32, 8)
 FASTER = (("key_value", 10.0), ("value", 10.0))
@@ -222,8 +230,35 @@ TABLES: dict[str, Table] = {
             learned("own norm", 128, 128, 64, scorer_norm=True),
         ),
     ),
+    "slope_4k": Table(
+        "Position slope: dense at 1,024 tokens, then 256 keys at 4,096",
+        longer(
+            (
+                fixed("window 256", "recent", 128, 128, 64),
+                *(sloped(slope, 128, 128) for slope in (0.0, 4.0, 16.0, 64.0)),
+                sloped(16.0, 128, 128, gate="value"),
+                learned("SparseK hard, slope 16", 128, 128, 64, hard_selection=True, slope=16.0),
+            )
+        ),
+        model=PRETRAINED,
+        reference="window 256",
+    ),
+    "slope_16k": Table(
+        "Position slope: dense at 1,024 tokens, then 512 keys at 16,384",
+        longer(
+            (
+                fixed("dense", "dense", 256, 256, 64),
+                fixed("window 512", "recent", 256, 256, 64),
+                *(sloped(slope, 256, 256) for slope in (32.0, 64.0)),
+            )
+        ),
+        length=16_384,
+        model=PRETRAINED,
+        far=2048,
+        reference="window 512",
+    ),
     "slope": Table(
-        "Position slope",
+        "Position slope, from scratch",
         (
             DEFAULT,
             learned("off", 128, 128, 64, position_slope=False),

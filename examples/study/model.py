@@ -31,9 +31,9 @@ class StudySelfAttention(SparseKSelfAttention):
         super().__init__(*args, **keywords)
         self.arm = arm
         slope = self.scorer.slope
-        if arm.fixed_slope is not None and slope is not None:
-            slope.data.fill_(arm.fixed_slope)
-            slope.requires_grad_(False)
+        if slope is not None:
+            slope.data.fill_(arm.slope if arm.fixed_slope is None else arm.fixed_slope)
+            slope.requires_grad_(arm.fixed_slope is None)
 
     def scores(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """[b, s, KV heads] fp32."""

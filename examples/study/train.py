@@ -123,9 +123,10 @@ def train(run: Run, pace: Pace | None = None) -> Path:
     return run.log
 
 
-def _lengths(model: GPTModel) -> dict[str, Any]:
-    """The scorers' reference lengths, which are this table's and not those of the weights it starts from."""
-    return {name: value for name, value in model.state_dict().items() if name.endswith("reference_length")}
+def _own(model: GPTModel) -> dict[str, Any]:
+    """What an arm does not take over from the weights it starts from: the scorers' reference lengths and slopes."""
+    kept = ("scorer.reference_length", "scorer.slope")
+    return {name: value for name, value in model.state_dict().items() if name.endswith(kept)}
 
 
 def _write(stream: TextIO, kind: str, **values: Any) -> None:
@@ -141,7 +142,7 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
     if arm.start is not None:
         weights = log_path(run.folder, arm.start, run.seed).with_suffix(".pt")
         saved = torch.load(weights, map_location=device)
-        model.load_state_dict({**saved, **_lengths(model)})
+        model.load_state_dict({**saved, **_own(model)})
     model.train()
     steps = max(1, round(table.steps * arm.part_of_steps))
     length = arm.length or table.length
@@ -174,6 +175,8 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
         _write(stream, "train", step=stepper.taken, loss=loss, progress=reached, seconds=time.time() - began)
         reached, a_step = (stepper.taken / steps, a_step) if pace is None else pace.wait()
     seconds, taken = time.time() - began, stepper.taken
+    slopes = [layer.self_attention.scorer.slope for layer in model.decoder.layers]
+    _write(stream, "slopes", layers=[None if slope is None else slope.tolist() for slope in slopes])
     del stepper, optimizer  # and with them the graph's memory
     gc.collect()
     if device.type == "cuda":

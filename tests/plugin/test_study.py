@@ -180,9 +180,8 @@ def test_a_table_runs_and_continues(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trains a dense arm and two that start from its weights, and writes every file; again it has nothing to do."""
-    import run
-
     import data
+    import run
 
     monkeypatch.setattr(data.Drawn, "sequences", 16)
     command = ["budget_4k", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "^dense|^window 256|logit"]
