@@ -6,4 +6,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_installed dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two tests at a time, of several processes each
-exec python -m pytest -n 2 --no-loadscope-reorder "$@"
+exec python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"

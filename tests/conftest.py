@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared test setup: where CUDA is missing, Triton kernels run in Triton's interpreter and `gpu` tests are skipped.
 
-launch/test.sh runs two pytest-xdist workers; the groups of tests that each takes at a time are made here.
+launch/test.sh runs two pytest-xdist workers with --dist loadscope; the groups of tests that each takes at a time are made
+here.
 """
 
 import os
@@ -40,6 +41,8 @@ def group(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadscope":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
