@@ -11,7 +11,7 @@ the end of each tensor instead of the end of the allocator's block.
 from __future__ import annotations
 
 import torch
-from sparsek_kernels import sparsek, sparsek_attention
+from sparsek_kernels import select, sparsek, sparsek_attention
 
 CASES = (  # tokens, query heads, KV heads, head dimension, topk, window, stride, packed lengths
     (300, 4, 1, 128, 64, 64, 64, None),
@@ -34,6 +34,14 @@ def main() -> None:
         torch.autograd.grad(out, leaves, torch.randn_like(out))
         torch.cuda.synchronize()
         print(f"{n} tokens, d {dim}, stride {stride}: done", flush=True)
+    scores = torch.randn(1, 5_000, 2, device="cuda")  # blocks of 256: a scan of three groups of lists
+    for lengths in (None, (0, 4_500, 1, 400)):
+        bounds = None if lengths is None else torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        select(scores, topk=16, window=40, stride=64, cu_seqlens=bounds)
+    state = select(scores[:, :700], topk=16, window=40, stride=16, return_state=True).state
+    select(scores[:, 700:], topk=16, window=40, stride=16, state=state)
+    torch.cuda.synchronize()
+    print("selection of 5,000 tokens: done", flush=True)
     gates = sparsek(torch.randn(3, 500, device="cuda").requires_grad_(), 20)
     gates.square().sum().backward()
     torch.cuda.synchronize()
