@@ -20,14 +20,14 @@ def slot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_is_the_same_and_uses_it(megatron: None, slot: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the kernel, interpreted, in place of the function that CPU tensors get."""
     calls: list[tuple[int, ...]] = []
+    real = rope.fused_rope
 
-    def kernel(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> Any:
+    def counting(t: torch.Tensor, freqs: torch.Tensor, **options: Any) -> torch.Tensor:
         calls.append(tuple(t.shape))
-        return rope._Rotate.apply(t, freqs.flatten(1), interleaved)
+        return real(t, freqs, **options)
 
-    monkeypatch.setattr(rope, "fused_rope", kernel)
+    monkeypatch.setattr(rope, "fused_rope", counting)
     config = tiny_config()
     model = build_gpt(
         config, get_sparsek_layer_spec(config, sparsek=SparseKConfig(topk=32, window=32, stride=4))
@@ -75,10 +75,10 @@ def angles(tokens: int, rotated: int, *, interleaved: bool = False, first: int =
 
 
 def compare(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool, tolerance: float) -> None:
-    """Output and gradient of the kernel against megatron-core's function in float64."""
+    """Output and gradient against megatron-core's function in float64."""
     t = t.detach().requires_grad_()
     d_out = torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t)
-    out: Any = rope._Rotate.apply(t, freqs.flatten(1), interleaved)
+    out = rope.fused_rope(t, freqs, interleaved=interleaved)
     (gradient,) = torch.autograd.grad(out, t, d_out)
     exact_t = t.detach().double().requires_grad_()
     exact = rope_utils._apply_rotary_pos_emb_bshd(exact_t, freqs.double(), rotary_interleaved=interleaved)
@@ -90,7 +90,7 @@ def compare(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool, tolerance: 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("tokens", "heads", "width", "rotated"), [(33, 3, 16, 16), (5, 1, 20, 12)])
-def test_the_kernel_agrees_with_float64(
+def test_turning_agrees_with_float64(
     tokens: int, heads: int, width: int, rotated: int, interleaved: bool
 ) -> None:
     """Queries as megatron-core cuts them out of the projection: neither heads nor tokens are contiguous."""
@@ -102,7 +102,7 @@ def test_the_kernel_agrees_with_float64(
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [64, 1000])
-def test_the_kernel_agrees_with_float64_on_a_gpu(tokens: int, dtype: torch.dtype, interleaved: bool) -> None:
+def test_the_compiled_kernel_agrees_with_float64(tokens: int, dtype: torch.dtype, interleaved: bool) -> None:
     """At positions behind a million, where cosines need their arguments reduced."""
     projected = torch.randn(tokens, 2, 4, 160, device="cuda", dtype=dtype)
     freqs = angles(tokens, 128, interleaved=interleaved, first=1 << 20).cuda()
