@@ -119,11 +119,14 @@ def _plot(path: Path, curves: dict[str, tuple[list[float], list[float]]], title:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for arm, (places, values) in curves.items():
-        axes.plot(places, values, label=arm, linewidth=1.2, linestyle="-" if "SparseK" in arm else "--")
-    axes.set(title=title, xlabel=x, ylabel=y, xscale="log" if y == "accuracy" else "linear")
-    axes.legend(fontsize=7)
+    figure, axes = pyplot.subplots(figsize=(10, 5))
+    colours = pyplot.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    for number, (arm, (places, values)) in enumerate(curves.items()):
+        style = "-" if "SparseK" in arm else "--"
+        axes.plot(places, values, label=arm, linewidth=1.2, linestyle=style, color=colours[number % 20])
+    axes.set(xlabel=x, ylabel=y, xscale="log" if y == "accuracy" else "linear")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_write(path, "wb") as stream:

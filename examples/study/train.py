@@ -175,7 +175,8 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
         _write(stream, "train", step=stepper.taken, loss=loss, progress=reached, seconds=time.time() - began)
         reached, a_step = (stepper.taken / steps, a_step) if pace is None else pace.wait()
     seconds, taken = time.time() - began, stepper.taken
-    slopes = [layer.self_attention.scorer.slope for layer in model.decoder.layers]
+    layers: Any = model.decoder.layers
+    slopes = [layer.self_attention.scorer.slope for layer in layers]
     _write(stream, "slopes", layers=[None if slope is None else slope.tolist() for slope in slopes])
     del stepper, optimizer  # and with them the graph's memory
     gc.collect()
