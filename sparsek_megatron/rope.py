@@ -25,6 +25,14 @@ def turn(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((out.to(t.dtype), t[..., rotated:]), dim=-1)
 
 
+@functools.lru_cache(maxsize=1)
+def _cosines(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosines, sines) of the last angles, by identity: megatron-core gives all layers of a forward the same tensor, so
+    that backward keeps one table and not two of every layer.
+    """
+    return freqs.cos(), freqs.sin()
+
+
 @functools.cache
 def _compiled() -> Any:
     return torch.compile(turn)
@@ -38,7 +46,7 @@ def fused_rope(
     Cosines are not rounded to the dtype of t, as megatron-core's are. On CPU nothing is compiled.
     """
     function = _compiled() if t.is_cuda else turn
-    return function(t, freqs.cos(), freqs.sin(), interleaved)
+    return function(t, *_cosines(freqs), interleaved)
 
 
 def use_fused_rope(config: TransformerConfig) -> None:
