@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared test setup: where CUDA is missing, Triton kernels run in Triton's interpreter and `gpu` tests are skipped.
 
-launch/test.sh runs two pytest-xdist workers with --dist loadscope; the groups of tests that each takes at a time are made
-here.
+launch/test.sh runs two pytest-xdist workers with --dist loadscope; the groups of tests that each takes at a time are
+made here.
 """
 
 import os
