@@ -30,6 +30,9 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def one_gpu(tmp_path: Path) -> Iterator[None]:
     torch.cuda.set_device(0)
+    if torch.distributed.is_initialized():  # by tests that share this process
+        yield
+        return
     meeting = f"file://{tmp_path / 'ranks'}"
     torch.distributed.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
     yield
