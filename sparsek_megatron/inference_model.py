@@ -24,9 +24,9 @@ class ModelDecoder:
     batch_size           sequences
     max_sequence_length  tokens that a row may come to hold; RoPE tables and learned positions reach this far
     prefill_tokens       tokens (over all rows) of one forward of a prompt: bounds the activations
-    cuda_graph           on GPUs, run steps after the first ones as a CUDA graph, tensor-parallel communication
-                         included. Every operation of the model must then be capturable (token-dropless mixtures of
-                         experts are not)
+    cuda_graph           on one GPU, run steps after the first ones as a CUDA graph; with tensor parallelism steps run
+                         kernel by kernel. Every operation of the model must then be capturable (token-dropless
+                         mixtures of experts are not)
 
     Call every method on all tensor-parallel ranks with the same arguments. Raises NotImplementedError for sequence and
     pipeline parallelism, ValueError for lengths, prompts or tokens that do not fit; the caches stay usable.
@@ -56,7 +56,9 @@ class ModelDecoder:
         self.device = next(model.parameters()).device
         self.batch_size, self.max_sequence_length = batch_size, max_sequence_length
         self.prefill_tokens = prefill_tokens
-        self.captures = cuda_graph and self.device.type == "cuda"
+        self.captures = (
+            cuda_graph and self.device.type == "cuda" and model.config.tensor_model_parallel_size == 1
+        )
         self.context = SparseKInferenceContext(batch_size, max_sequence_length)
         self._longest = 0
         self._eager_steps = 0

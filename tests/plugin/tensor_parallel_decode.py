@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation on tensor-parallel GPUs, for torchrun: a captured step against eager steps and the training forward.
+"""Generation on tensor-parallel GPUs, for torchrun: two decoders of one model, and the training forward.
 
 Rank 0 prints what it found as JSON.
 """
@@ -40,7 +40,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(3)
         steps = torch.randint(0, VOCAB, (STEPS, 4), generator=generator).cuda()
         same, found = True, []
-        for _ in range(2):  # the captured graph serves later prompts too
+        for _ in range(2):
             pairs = [(eager.prefill(PROMPTS), graph.prefill(PROMPTS))]
             pairs += [(eager.step(tokens).clone(), graph.step(tokens).clone()) for tokens in steps]
             same &= all(torch.equal(one, other) for one, other in pairs)
