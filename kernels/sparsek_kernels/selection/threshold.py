@@ -48,7 +48,7 @@ def solve_sorted(z: torch.Tensor, mass: torch.Tensor | int) -> tuple[torch.Tenso
     lo = torch.full_like(z[..., :1], -1.0)
     hi = torch.zeros_like(lo)
     tau = torch.full_like(lo, -0.5)
-    done = torch.zeros_like(lo, dtype=torch.bool)
+    done = (z > -1.0).sum(-1, keepdim=True) <= mass  # F is empty: such a row never becomes stable
     numerator, size = torch.zeros_like(lo), torch.ones_like(lo)
     last_high = torch.full_like(lo, -1, dtype=torch.long)
     last_low = last_high.clone()
