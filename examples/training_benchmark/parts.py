@@ -32,8 +32,8 @@ _KERNELS = (
     ("communication", r"nccl"),
     ("offload", r"^Memcpy (HtoD|DtoH)"),
     ("scoring", r"_linear_score_kernel"),
-    ("selection", r"^(sort_blocks|scan_groups|scan_carries|add_carries|walk|intervals|slot_means|block_prefix"
-                  r"|key_gradient)\b"),
+    ("selection", r"^(sequence_table|sort_blocks|scan_lists|add_carries|prepare_blocks|walk|intervals|slot_means"
+                  r"|block_prefix|key_gradient)\b"),
 )  # fmt: skip
 # Ranges and autograd nodes, matched against the operations around a launch from the innermost outwards.
 _RANGES = (
