@@ -3,29 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def megatron_on_cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    meeting: Path = tmp_path_factory.mktemp("group") / "ranks"
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", init_method=f"file://{meeting}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def gpt(**changes: Any) -> Any:

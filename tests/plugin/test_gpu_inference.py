@@ -15,26 +15,6 @@ from test_gpu import gpt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("megatron_on_cuda")]
 
-
-@pytest.fixture(scope="module")
-def megatron_on_cuda(tmp_path_factory):
-    """Megatron's groups over this process alone, on top of the process group that other tests may have left."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    torch.cuda.set_device(0)
-    started = not torch.distributed.is_initialized()
-    if started:
-        meeting = f"file://{tmp_path_factory.mktemp('group') / 'ranks'}"
-        torch.distributed.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    if started:
-        torch.distributed.destroy_process_group()
-
-
 HERE = Path(__file__).resolve().parent
 PROMPTS = [list(range(40)), [3], [7, 8] * 60, list(range(90, 0, -1))]
 LONGEST = 320

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,18 +24,6 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if hasattr(clip_grads, name):
             monkeypatch.setattr(clip_grads, name, value)
     yield
-
-
-@pytest.fixture
-def one_gpu(tmp_path: Path) -> Iterator[None]:
-    torch.cuda.set_device(0)
-    if torch.distributed.is_initialized():  # by tests that share this process
-        yield
-        return
-    meeting = f"file://{tmp_path / 'ranks'}"
-    torch.distributed.init_process_group("nccl", init_method=meeting, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -70,7 +57,7 @@ def test_other_libraries_kernels_stay(stock: None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.gpu
-def test_clipping_on_a_gpu_reads_at_most_the_norm_of_all(stock: None, one_gpu: None) -> None:
+def test_clipping_on_a_gpu_reads_at_most_the_norm_of_all(stock: None, megatron_on_cuda: None) -> None:
     """None at all where megatron-core clips by a norm on the device."""
     on_device = hasattr(clip_grads, "multi_tensor_scale_tensor_impl")
     parameters = [torch.nn.Parameter(g.cuda()) for g in gradients(torch.float32)]
