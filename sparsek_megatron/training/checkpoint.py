@@ -184,8 +184,9 @@ def _readable(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as err:
+        reason = str(err).partition("WeightsUnpickler error: ")[2] or str(err)  # what follows torch's advice
         raise UserError(
-            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(str(err).split())[:160]}); "
+            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(reason.split())[:160]}); "
             f"write the name of an older one into {folder / LATEST}"
         ) from err
 

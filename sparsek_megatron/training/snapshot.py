@@ -8,6 +8,7 @@ copies, made at once.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ class Snapshotter:
         self._copied: Any = None
 
     def take(self, name: str, state: Any) -> Any:
-        """`state` with every tensor replaced by its copy in host memory.
+        """`state` with every tensor replaced by its copy in host memory, and every enumeration by its value.
 
+        Python before 3.11.4 pickles an enumeration's member as a call of `getattr`, which `safe_load` refuses to make.
         A tensor that occurs twice is copied once. On a GPU the copies are complete after `wait`.
         """
         copies: dict[Any, torch.Tensor] = {}
@@ -75,4 +77,4 @@ def _map_tensors(state: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
         return kind((key, _map_tensors(value, function)) for key, value in state.items())
     if type(state) in (list, tuple):
         return type(state)(_map_tensors(value, function) for value in state)
-    return state
+    return state.value if isinstance(state, Enum) else state

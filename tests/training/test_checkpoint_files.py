@@ -3,6 +3,8 @@
 
 import json
 import os
+import pickle
+from enum import Enum
 
 import pytest
 import torch
@@ -115,6 +117,21 @@ def test_no_pickled_code_is_run(tmp_path):
     assert not (tmp_path / "run").exists()
     torch.load(tmp_path / "bad.pt", weights_only=False)
     assert (tmp_path / "run").exists(), "the file would have run its code"
+
+
+class _Stage(int, Enum):
+    FIRST = 1
+
+    def __reduce_ex__(self, protocol):
+        return getattr, (type(self), self.name)  # as Python before 3.11.4 pickles a member
+
+
+def test_a_snapshot_holds_values_in_place_of_enumerations(tmp_path):
+    torch.save({"stage": _Stage.FIRST}, tmp_path / "as_it_is.pt")
+    with pytest.raises(pickle.UnpicklingError, match="getattr"):
+        safe_load(tmp_path / "as_it_is.pt")
+    torch.save(Snapshotter(torch.device("cpu")).take("x", {"stage": [_Stage.FIRST]}), tmp_path / "snapshot.pt")
+    assert safe_load(tmp_path / "snapshot.pt") == {"stage": [1]}
 
 
 def test_a_snapshot_is_apart_from_what_it_was_taken_of():
