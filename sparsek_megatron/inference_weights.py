@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from sparsek_megatron.errors import UserError
-from sparsek_megatron.training.checkpoint import safe_load
+from sparsek_megatron.training.checkpoint import safe_load, why_unreadable
 from sparsek_megatron.training.reshard import cut_shard, merge_shards
 from sparsek_megatron.training.run_folder import checkpoint_name
 
@@ -28,7 +28,7 @@ def load_weights(model: torch.nn.Module, folder: Path, *, step: int, saved_size:
     try:
         shards = [safe_load(file, mmap=True)["module"] for file in files]
     except Exception as err:
-        reason = " ".join(str(err).split())[:160]
+        reason = why_unreadable(err)
         raise UserError(f"--load {folder}: the checkpoint of step {step} cannot be read ({reason})") from err
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()

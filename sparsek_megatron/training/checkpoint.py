@@ -175,6 +175,12 @@ def safe_load(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
 
 
+def why_unreadable(err: Exception) -> str:
+    """One short line of what `safe_load` raised; of torch's refusals, what follows its advice."""
+    reason = str(err).partition("WeightsUnpickler error: ")[2] or str(err)
+    return " ".join(reason.split())[:160]
+
+
 def _rng_file(rank: int) -> str:
     return f"rng_rank_{rank:05d}.pt"
 
@@ -184,9 +190,8 @@ def _readable(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as err:
-        reason = str(err).partition("WeightsUnpickler error: ")[2] or str(err)  # what follows torch's advice
         raise UserError(
-            f"--load {folder}: the checkpoint of step {step} cannot be read ({' '.join(reason.split())[:160]}); "
+            f"--load {folder}: the checkpoint of step {step} cannot be read ({why_unreadable(err)}); "
             f"write the name of an older one into {folder / LATEST}"
         ) from err
 
