@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -38,14 +39,25 @@ def describe_os_error(err: OSError, fallback: str = "the output") -> str | None:
     return f"cannot write {where}: {os.strerror(err.errno)}; free space there or choose another output folder"
 
 
+def write_whole_lines() -> None:
+    """Let a line leave in one write, so that processes on one terminal or pipe never mix theirs.
+
+    With PYTHONUNBUFFERED set, `print` writes a line and its end separately: another rank's line can come between.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `UserError`, or a full or unwritable disk, into one line on stderr and exit code 2, and end quietly on
-    Ctrl-C.
+    """What every program runs in: a `UserError`, or a full or unwritable disk, becomes one line on stderr and exit
+    code 2, Ctrl-C ends it quietly, and lines are written whole.
 
     Under a launcher rank 0 says what every rank sees, and a rank that raises `RankError` speaks for the run. Any
     other exception keeps its traceback: that one is a defect of the program.
     """
+    write_whole_lines()
     try:
         yield
     except OSError as err:

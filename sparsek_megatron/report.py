@@ -27,4 +27,5 @@ def report_once(sparsek: SparseKConfig, source: str, reference_length: int, slot
     if sparsek.dense_layers or sparsek.dense_every:
         numbers.append(f"dense_layers={sparsek.dense_layers} dense_every={sparsek.dense_every}")
     classes = ", ".join(f"{slot}={name}" for slot, name in slots.items())
-    print(f"SparseK attention (settings: {source}): {' '.join(numbers)}\n  slots: {classes}", flush=True)
+    text = f"SparseK attention (settings: {source}): {' '.join(numbers)}\n  slots: {classes}\n"
+    print(text, end="", flush=True)  # one write, as for a line

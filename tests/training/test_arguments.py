@@ -2,6 +2,9 @@
 """Flags, YAML files, and every refusal that needs no process group."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +207,19 @@ def test_bf16_with_tensor_parallelism_needs_zero(prepared):
 def test_the_program_itself_exits_with_two_and_one_line(prepared, tmp_path):
     said = run("pretrain_gpt.py", *prepared.flags(tmp_path / "run"), "--num-layrs", "4", code=2)
     assert said == "error: --num-layrs: unknown flag; did you mean --num-layers?\n"
+
+
+def test_a_line_leaves_in_one_write_whatever_the_buffering():
+    """Ranks share one output: two writes a line would let another rank's line come between."""
+    code = (
+        "import sys\n"
+        "from sparsek_megatron.errors import report_user_errors\n"
+        "with report_user_errors():\n"
+        "    print('step', 8, flush=True)\n"
+        "    print('warning: old', file=sys.stderr)\n"
+    )
+    out, into = os.pipe2(os.O_DIRECT)  # packets: each write is read by itself
+    subprocess.run([sys.executable, "-u", "-c", code], stdout=into, stderr=into, check=True)
+    os.close(into)
+    assert [os.read(out, 4096) for _ in range(3)] == [b"step 8\n", b"warning: old\n", b""]
+    os.close(out)
