@@ -25,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from sparsek_megatron.data.datasets import build_datasets
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import write_whole_lines
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.checkpoint import load
@@ -192,6 +193,7 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
 def run(cases: dict[str, Any]) -> None:
     """This rank's part of `cases`; the first rank prints what they gave."""
     share_gloo_device()
+    write_whole_lines()
     runs = {"deepspeed": trajectory, "mcore": mcore_trajectory}
     results = {}
     for name, case in cases.items():
