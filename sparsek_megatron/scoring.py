@@ -57,7 +57,7 @@ class ScoringNetwork(MegatronModule):
 
     weight            [h, n], or [m, n] behind `hidden_weight` [h, m] for the "mlp" scorer; initialised so
                       that the scores of a normalised input have standard deviation `sparsek.score_spread`
-    slope             [n], starts at 0, outside weight decay; absent without `position_slope`
+    slope             [n], starts at `initial_slope`, outside weight decay; absent without `position_slope`
     reference_length  L_ref, int64 scalar buffer: saved with the model, and the saved value wins on load
     norm              the scorer's own norm, where `own_norm`
 
@@ -102,7 +102,7 @@ class ScoringNetwork(MegatronModule):
         """Initialise in place from torch's default generator, which is in step on all tensor-parallel ranks."""
         self.reference_length.fill_(reference_length(self.config, self.sparsek))
         if self.slope is not None:
-            torch.nn.init.zeros_(self.slope)
+            torch.nn.init.constant_(self.slope, self.sparsek.initial_slope)
         if not self.config.perform_initialization:
             return
         spread = self.sparsek.score_spread

@@ -31,8 +31,7 @@ class Arm:
                   learned vector per KV head times the normalised keys, after RoPE; "dense": full causal attention
     full_layers  indices of layers with full attention in an otherwise sparse arm
     shared        one selection for all KV heads of a layer (the mean of their scores)
-    slope         the position slope's value at initialisation
-    fixed_slope   the position slope is this constant instead of learned
+    fixed_slope   the position slope stays at its initial value instead of being learned
     start         name of an arm of the same table whose trained weights this arm starts from
     part_of_steps  fraction of the table's steps that this arm trains for
     rate          multiplier of the table's learning rate
@@ -44,8 +43,7 @@ class Arm:
     scores: str = "learned"
     full_layers: tuple[int, ...] = ()
     shared: bool = False
-    slope: float = 0.0
-    fixed_slope: float | None = None
+    fixed_slope: bool = False
     start: str | None = None
     part_of_steps: float = 1.0
     rate: float = 1.0
@@ -147,22 +145,39 @@ def longer(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
     return (first, *(dataclasses.replace(arm, start="pretrained", rate=0.3) for arm in arms))
 
 
-def varied(key: str, values: tuple[object, ...], label: str | None = None) -> tuple[Arm, ...]:
-    """SparseK of 128 + 128 keys with one setting varied."""
-    arms = []
-    for value in values:
-        settings = {"topk": 128, "window": 128, "stride": 64, key: value}
-        arms.append(learned(f"{label or key} {value}", **settings))  # pyright: ignore[reportArgumentType]
-    return tuple(arms)
+def ablations() -> tuple[Arm, ...]:
+    """SparseK with one setting varied at a time, at 256 keys a query; the first arm is what the others vary."""
+
+    def arm(name: str, topk: int = 128, window: int = 128, **settings: object) -> Arm:
+        return learned(name, topk, window, **{"stride": 64, "scorer_lr_mult": 10.0, **settings})  # pyright: ignore
+
+    return (
+        arm(BASE),
+        *(arm(f"topk {k} + window {256 - k}", k, 256 - k) for k in (32, 64, 192, 224)),
+        *(arm(f"stride {stride}", stride=stride) for stride in (1, 16, 128)),
+        *(arm(f"pool {pool}", pool=pool) for pool in (160, 256, 1024)),
+        *(arm(f"score spread {spread:g}", score_spread=spread) for spread in (0.1, 0.3, 3.0)),
+        *(arm(f"scorer rate x {rate:g}", scorer_lr_mult=rate) for rate in (1.0, 3.0, 30.0)),
+        arm("scorer mlp", scorer="mlp"),
+        arm("scores from keys", scores="keys"),
+        arm("scorer detached from the model", detach_hidden=True),
+        arm("scorer with its own norm", scorer_norm=True),
+        arm("no position slope", position_slope=False),
+        arm("position slope fixed at 16", initial_slope=16.0, fixed_slope=True),
+        arm("one selection for all KV heads", shared=True),
+        arm("first layer dense", full_layers=(0,)),
+        arm("last layer dense", full_layers=(3,)),
+        arm("every second layer dense", full_layers=(1, 3)),
+    )
 
 
 def sloped(slope: float, topk: int, window: int, gate: str = "key_value") -> Arm:
     """SparseK whose position slope starts at `slope`: a key's score falls by 1 in L_ref / slope tokens of age."""
     name = f"SparseK {gate}, scorer rate x 10, slope {slope:g}"
-    return learned(name, topk, window, 64, gate=gate, scorer_lr_mult=10.0, slope=slope)
+    return learned(name, topk, window, 64, gate=gate, scorer_lr_mult=10.0, initial_slope=slope)
 
 
-DEFAULT = learned("default", 128, 128, 64)
+BASE = "topk 128 + window 128, stride 64, pool 512"
 RECALL = equal_budget(32, 32, 8)
 FASTER = (("key_value", 10.0), ("value", 10.0))
 PRETRAINED = Model(init_method_std=0.04)
@@ -201,6 +216,7 @@ TABLES: dict[str, Table] = {
             )
         ),
         model=PRETRAINED,
+        eval_lengths=(4096, 65_536),
         reference="window 256",
     ),
     "budget_16k": Table(
@@ -211,24 +227,11 @@ TABLES: dict[str, Table] = {
         far=2048,
         reference="window 512",
     ),
-    "topk_window": Table(
-        "topk against window at 256 keys",
-        tuple(learned(f"{k} + {256 - k}", k, 256 - k, 64) for k in (32, 64, 128, 192, 224)),
-    ),
-    "stride": Table("Stride", varied("stride", (1, 16, 64, 128))),
-    "pool": Table("Pool", varied("pool", (160, 256, 512, 1024))),
-    "spread": Table("Score spread at initialisation", varied("score_spread", (0.1, 0.3, 1.0, 3.0))),
-    "scorer": Table(
-        "Scorer",
-        (
-            DEFAULT,
-            learned("mlp", 128, 128, 64, scorer="mlp"),
-            learned("from keys", 128, 128, 64, scores="keys"),
-            learned("detached", 128, 128, 64, detach_hidden=True),
-            learned("learning rate x 0.3", 128, 128, 64, scorer_lr_mult=0.3),
-            learned("learning rate x 3", 128, 128, 64, scorer_lr_mult=3.0),
-            learned("own norm", 128, 128, 64, scorer_norm=True),
-        ),
+    "ablations": Table(
+        "One setting varied: dense at 1,024 tokens, then 256 keys at 4,096",
+        longer(ablations()),
+        model=PRETRAINED,
+        reference=BASE,
     ),
     "slope_4k": Table(
         "Position slope: dense at 1,024 tokens, then 256 keys at 4,096",
@@ -237,7 +240,7 @@ TABLES: dict[str, Table] = {
                 fixed("window 256", "recent", 128, 128, 64),
                 *(sloped(slope, 128, 128) for slope in (0.0, 4.0, 16.0, 64.0)),
                 sloped(16.0, 128, 128, gate="value"),
-                learned("SparseK hard, slope 16", 128, 128, 64, hard_selection=True, slope=16.0),
+                learned("SparseK hard, slope 16", 128, 128, 64, hard_selection=True, initial_slope=16.0),
             )
         ),
         model=PRETRAINED,
@@ -256,25 +259,6 @@ TABLES: dict[str, Table] = {
         model=PRETRAINED,
         far=2048,
         reference="window 512",
-    ),
-    "slope": Table(
-        "Position slope, from scratch",
-        (
-            DEFAULT,
-            learned("off", 128, 128, 64, position_slope=False),
-            learned("fixed 4", 128, 128, 64, fixed_slope=4.0),
-            learned("fixed -4", 128, 128, 64, fixed_slope=-4.0),
-        ),
-    ),
-    "layers": Table(
-        "Dense layers mixed in, and shared selection",
-        (
-            DEFAULT,
-            learned("first dense", 128, 128, 64, full_layers=(0,)),
-            learned("last dense", 128, 128, 64, full_layers=(3,)),
-            learned("every second dense", 128, 128, 64, full_layers=(1, 3)),
-            learned("shared by KV heads", 128, 128, 64, shared=True),
-        ),
     ),
     "passkey": recall_table("Passkey among 1,024 tokens", "passkey", 1024),
     "recall": recall_table("Associative recall: 24 pairs among 512 tokens", "recall", 512),

@@ -30,10 +30,8 @@ class StudySelfAttention(SparseKSelfAttention):
     def __init__(self, *args: Any, arm: Arm, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.arm = arm
-        slope = self.scorer.slope
-        if slope is not None:
-            slope.data.fill_(arm.slope if arm.fixed_slope is None else arm.fixed_slope)
-            slope.requires_grad_(arm.fixed_slope is None)
+        if self.scorer.slope is not None:
+            self.scorer.slope.requires_grad_(not arm.fixed_slope)
 
     def scores(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """[b, s, KV heads] fp32."""

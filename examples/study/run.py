@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -143,6 +145,40 @@ def _report(run: Run, result: Callable[[], object], began: float) -> bool:
     return outcome != "done"
 
 
+def _settings(run: Run) -> dict[str, Any] | None:
+    """What the log of a finished run says it trained, apart from the table it was trained for."""
+    if not (_finished(run) and run.weights.is_file()):
+        return None
+    settings = json.loads(run.log.read_text().splitlines()[0])
+    return {name: value for name, value in settings.items() if name != "table"}
+
+
+def _take(runs: list[Run], source: Path) -> None:
+    """Copy finished runs that other arms start from, log and weights, from the folder of another table.
+
+    Raises:
+        UserError: one of them is not finished there, or trained other settings than this table's.
+    """
+    for run in (run for run in runs if not _finished(run)):
+        other = dataclasses.replace(run, folder=source)
+        found = _settings(other)
+        if found is None:
+            raise UserError(f"--pretrained {source}: no finished {run.arm.name}, seed {run.seed}, with weights there")
+        length = run.arm.length or run.settings.length
+        asked = {
+            "arm": json.loads(json.dumps(dataclasses.asdict(run.arm))),
+            "model": dataclasses.asdict(run.settings.model),
+            "length": length,
+            "learning_rate": run.settings.learning_rate * run.arm.rate,
+        }
+        for name, value in asked.items():
+            if found.get(name) != value:
+                raise UserError(f"--pretrained {source}: {name} was {found.get(name)} there and is {value} here")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(other.weights, run.weights)
+        shutil.copy(other.log, run.log)  # last: a run with a finished log is finished
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -173,6 +209,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--save", action="store_true", help="keep the weights of every run")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        help="folder of another table of this study whose pretrained weights this one starts from, instead of its own",
+    )
     parser.add_argument("--micro", action="store_true", help="a size for a CPU, to see that it runs")
     return parser.parse_args(argv)
 
@@ -198,24 +239,26 @@ def main(argv: list[str] | None = None) -> int:
     deadlines = [began + seconds for seconds in args.seconds or ()]
     corpus = Corpus(tuple(args.input), args.include, tuple(args.packages), args.tokenizer)
 
-    def run_arms(chosen: list[Arm], deadline: float | None) -> int:
-        runs = [
+    def runs_of(chosen: list[Arm]) -> list[Run]:
+        return [
             Run(args.table, arm, seed, table, folder, corpus, args.save, args.eager)
             for seed in args.seeds
             for arm in chosen
         ]
-        return _run_all(runs, args.jobs, deadline)
 
-    make(table.data, corpus, folder.parent / "data")  # encodes the text once, before the workers need it
-    first, second = ([arm for arm in arms if (arm.start is None) == alone] for alone in (True, False))
-    if deadlines and len(deadlines) != (2 if second else 1):
+    first, second = (runs_of([arm for arm in arms if (arm.start is None) == alone]) for alone in (True, False))
+    if args.pretrained is not None:
+        _take([run for run in first if run.arm.name in needed], args.pretrained)
+    whole = [part for part in (first, second) if part]
+    parts = [part for part in whole if not all(_finished(run) for run in part)]
+    if deadlines and len(deadlines) not in (len(whole), len(parts)):
         raise UserError(
-            f"--seconds {' '.join(map(str, args.seconds))}: {args.table} has {2 if second else 1} parts, one after "
-            "the other; give a time for the end of each"
+            f"--seconds {' '.join(map(str, args.seconds))}: {args.table} has {len(parts)} parts to run, one after the "
+            "other; give a time for the end of each"
         )
-    failed = run_arms(first, deadlines[0] if deadlines else None)
-    if second:
-        failed += run_arms(second, deadlines[1] if deadlines else None)
+    ends = deadlines[-len(parts) :] if deadlines and parts else [None] * len(parts)
+    make(table.data, corpus, folder.parent / "data")  # encodes the text once, before the workers need it
+    failed = sum(_run_all(part, args.jobs, end) for part, end in zip(parts, ends, strict=True))
     from report import write
 
     print(write(table, folder, args.seeds), flush=True)

@@ -123,10 +123,15 @@ def train(run: Run, pace: Pace | None = None) -> Path:
     return run.log
 
 
-def _own(model: GPTModel) -> dict[str, Any]:
-    """What an arm does not take over from the weights it starts from: the scorers' reference lengths and slopes."""
-    kept = ("scorer.reference_length", "scorer.slope")
-    return {name: value for name, value in model.state_dict().items() if name.endswith(kept)}
+def _start_from(model: GPTModel, weights: Path, device: torch.device) -> None:
+    """Load trained weights, all but the scorers, which are the arm's own kind and start at their own values."""
+    saved, own = torch.load(weights, map_location=device), model.state_dict()
+    scorers = {name: value for name, value in own.items() if _of_a_scorer(name)}
+    model.load_state_dict({name: value for name, value in saved.items() if not _of_a_scorer(name)} | scorers)
+
+
+def _of_a_scorer(name: str) -> bool:
+    return ".scorer." in name or name.endswith(".score_weight")
 
 
 def _write(stream: TextIO, kind: str, **values: Any) -> None:
@@ -140,9 +145,7 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
     data = make(table.data, run.corpus, run.folder.parent / "data")
     model = build(arm, table, data.vocabulary, device)
     if arm.start is not None:
-        weights = log_path(run.folder, arm.start, run.seed).with_suffix(".pt")
-        saved = torch.load(weights, map_location=device)
-        model.load_state_dict({**saved, **_own(model)})
+        _start_from(model, log_path(run.folder, arm.start, run.seed).with_suffix(".pt"), device)
     model.train()
     steps = max(1, round(table.steps * arm.part_of_steps))
     length = arm.length or table.length

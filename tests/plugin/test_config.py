@@ -44,6 +44,8 @@ def test_pool_defaults_to_four_times_topk_and_the_config_is_frozen() -> None:
         ({"score_spread": 0.0}, ["score_spread=0.0", "greater than 0"]),
         ({"score_spread": float("nan")}, ["score_spread=nan"]),
         ({"scorer_lr_mult": -1.0}, ["scorer_lr_mult=-1.0"]),
+        ({"initial_slope": -4.0}, ["initial_slope=-4.0"]),
+        ({"initial_slope": 4.0, "position_slope": False}, ["initial_slope=4.0", "position_slope=True"]),
         ({"reference_length": 0}, ["reference_length=0"]),
         ({"dense_layers": 3}, ["dense_layers=3", "(0, -1)"]),
         ({"dense_layers": ("a",)}, ["dense_layers"]),

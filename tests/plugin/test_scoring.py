@@ -89,9 +89,9 @@ def test_one_adam_step_on_the_slope_moves_no_score_by_more_than_a_hundredth_of_a
     assert 1e-4 < moved <= 0.01
 
 
-def test_slope_starts_at_zero_and_the_reference_length_is_saved_with_the_model() -> None:
+def test_slope_starts_where_asked_and_the_reference_length_is_saved_with_the_model() -> None:
     network = scorer(reference_length=1000)
-    assert not network.slope.any()
+    assert not network.slope.any() and (scorer(initial_slope=16.0).slope == 16).all()
     other = scorer(reference_length=77)
     with pytest.warns(UserWarning, match="reference_length=77 in the configuration, 1000 in the checkpoint"):
         other.load_state_dict(network.state_dict())

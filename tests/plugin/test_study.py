@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparsek_kernels import sparsek_attention
+
+from sparsek_megatron.errors import UserError
 
 STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
 
@@ -85,7 +88,7 @@ def test_generated_data_is_repeatable_and_inside_its_vocabulary(
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("table", ["scratch_4k", "scorer", "slope", "layers"])
+@pytest.mark.parametrize("table", ["scratch_4k", "ablations"])
 def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None:
     import run
     from model import DenseCoreAttention, build, start_megatron
@@ -106,10 +109,11 @@ def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None
             assert (gradient is not None and bool(gradient.any())) == learns, (arm.name, index)
             if arm.scores == "keys":
                 assert attention.core_attention.score_weight.grad.any()
-            if arm.fixed_slope is not None:
-                assert (
-                    attention.scorer.slope == arm.fixed_slope
-                ).all() and attention.scorer.slope.grad is None
+            slope = attention.scorer.slope
+            if slope is not None:
+                assert (slope == arm.sparsek.initial_slope).all()
+            if arm.fixed_slope:
+                assert slope.grad is None
             if arm.shared:
                 scores = attention.scores(torch.randn(12, 1, 32))
                 assert torch.equal(scores[..., 0], scores[..., 1])
@@ -195,3 +199,19 @@ def test_a_table_runs_and_continues(
     for name in ("results.csv", "table.md", "hashes.txt", *pictures):
         assert (folder / name).stat().st_size > 0
     assert len((folder / "results.csv").read_text().splitlines()) == 5
+    assert (folder / "pretrained-seed1.pt").is_file()
+
+    # Another table starts from the same weights without training them again.
+    more = ["ablations", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "mlp|from keys|no position slope"]
+    more += ["--data", "genome", "--out", str(tmp_path), "--pretrained"]
+    with pytest.raises(UserError, match="no finished pretrained, seed 1, with weights there"):
+        run.main([*more, str(tmp_path / "elsewhere")])
+    assert run.main([*more, str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "pretrained, seed 1: done" not in printed and "no position slope, seed 1: done" in printed
+    log = folder / "pretrained-seed1.jsonl"
+    assert (tmp_path / "ablations-genome-micro" / log.name).read_bytes() == log.read_bytes()
+    log.write_text(log.read_text().replace('"length": 64,', '"length": 65,', 1))
+    shutil.rmtree(tmp_path / "ablations-genome-micro")
+    with pytest.raises(UserError, match="length was 65 there and is 64 here"):
+        run.main([*more, str(folder)])
