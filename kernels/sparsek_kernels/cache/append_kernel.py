@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.selection.keys import round_to_grid
+from sparsek_kernels.selection.threshold_kernel import ONE, next_point
 
-ONE = tl.constexpr(274877906944.0)  # 1 in units of the grid of `selection.threshold`
 GRID = tl.constexpr(3.637978807091713e-12)
 
 
@@ -103,13 +103,7 @@ def _solve(z, start, TOPK: tl.constexpr):
             size = ((counts & 0x7FFF) - high).to(tl.float64)
             total = tl.sum(tl.where(positive & (saturated == 0), z, 0.0), 0)
             numerator = total + (high - TOPK).to(tl.float64) * ONE
-            higher = numerator > point * size
-            lo = tl.where(higher, tl.maximum(lo, point), lo)
-            hi = tl.where(higher, hi, tl.minimum(hi, point))
-            step = numerator / tl.maximum(size, 1.0)
-            good = (size > 0.0) & (step >= lo) & (step <= hi)
-            good = good & ((step_number < 8) | (step_number % 2 == 0))
-            point = tl.where(good, step, 0.5 * (lo + hi))
+            lo, hi, point, good = next_point(lo, hi, point, numerator, size, step_number)
             last = tl.where(good, counts, -1)
             step_number += 1
     return tl.floor(numerator / size)

@@ -64,6 +64,21 @@ def count_fractional(
 
 
 @triton.jit
+def next_point(lo, hi, point, numerator, size, step_number):
+    """(lo, hi, point, whether it is the active-set step) after F at `point` was found to have that sum and size.
+
+    The step where it lies inside the bracket; half the bracket where it does not, and every second time from step 8 on.
+    """
+    higher = numerator > point * size
+    lo = tl.where(higher, tl.maximum(lo, point), lo)
+    hi = tl.where(higher, hi, tl.minimum(hi, point))
+    step = numerator / tl.maximum(size, 1.0)
+    good = (size > 0.0) & (step >= lo) & (step <= hi)
+    good = good & ((step_number < 8) | (step_number % 2 == 0))
+    return lo, hi, tl.where(good, step, 0.5 * (lo + hi)), good
+
+
+@triton.jit
 def solve(
     x_ptr, y_ptr, sums_ptr, ends, kth, topk, offered, limit, reach, start,
     CHUNKS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
@@ -115,13 +130,7 @@ def solve(
             saturated = counts >> 16
             size = ((counts & 0xFFFF) - saturated).to(tl.float64)
             numerator = total + tl.sum(total_y, 0) + (saturated - topk).to(tl.float64) * ONE
-            higher = numerator > point * size
-            lo = tl.where(higher, tl.maximum(lo, point), lo)
-            hi = tl.where(higher, hi, tl.minimum(hi, point))
-            step = numerator / tl.maximum(size, 1.0)
-            good = (size > 0.0) & (step >= lo) & (step <= hi)
-            good = good & ((step_number < 8) | (step_number % 2 == 0))
-            point = tl.where(good, step, 0.5 * (lo + hi))
+            lo, hi, point, good = next_point(lo, hi, point, numerator, size, step_number)
             last = tl.where(good, counts, -1)
             step_number += 1
     return tl.floor(numerator / size)
