@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data that a run is given: flags, blends, and what can be checked before megatron-core is imported."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 
 _SAMPLE = 50_000_000
+_DECIMAL = re.compile(r"\d+\.?\d*|\.\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,34 @@ def parse_blend(given: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return list(given), None
 
 
+def parse_split(given: str) -> list[float]:
+    """The train, valid and test parts of `--split`; parts left out at the end are 0, as mcore takes them.
+
+    Raises:
+        UserError: not one to three decimal numbers (mcore finds nothing else in the text), or the first is 0.
+    """
+    words = [word.strip() for word in given.split(",")]
+    parts = [float(word) for word in words if _DECIMAL.fullmatch(word)]
+    if len(parts) != len(words) or len(parts) > 3 or not parts[0]:
+        raise UserError(
+            f"--split {given}: must be the train,valid,test parts as decimal numbers, train's above 0; e.g. 95,5,0"
+        )
+    return parts + [0.0] * (3 - len(parts))
+
+
 def check_data(paths: DataPaths, tokenizer: SentencePieceTokenizer, tokenizer_path: str) -> None:
-    """Raise `UserError` for missing or empty data, and for data made with another tokenizer."""
+    """Raise `UserError` for missing or empty data, for data made with another tokenizer, and for parts or weights that
+    are no proportions.
+    """
     if not paths.by_flag():
         raise UserError("no training data: give --data-path, or --train-data-path and --valid-data-path")
+    if paths.blend:
+        parse_split(paths.split)
     for flag, given in paths.by_flag():
-        for prefix in parse_blend(given)[0]:
+        prefixes, weights = parse_blend(given)
+        for weight, prefix in zip(weights or [1.0] * len(prefixes), prefixes, strict=True):
+            if not 0 < weight < math.inf:
+                raise UserError(f"{flag} {weight:g} {prefix}: the weight must be above 0; leave out data of weight 0")
             for suffix in (".bin", ".idx"):
                 if not Path(prefix + suffix).is_file():
                     raise UserError(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks across settings, before any process group, model or file exists."""
 
+import math
 from pathlib import Path
 
 from sparsek_megatron.config import SparseKConfig
@@ -12,18 +13,26 @@ from sparsek_megatron.training.arguments import TrainingConfig, flag_of
 from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.run_folder import check_resume
 
-_AT_LEAST_ONE = (
-    "num_layers", "hidden_size", "num_attention_heads", "seq_length", "tensor_model_parallel_size",
-    "micro_batch_size", "train_iters", "eval_interval", "eval_iters", "log_interval", "save_interval",
-    "distributed_timeout_minutes", "make_vocab_size_divisible_by",
-)  # fmt: skip
-_AT_LEAST_ONE_OR_NONE = (
-    "ffn_hidden_size", "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
-    "max_position_embeddings", "mlp_tile_tokens",
-)  # fmt: skip
-_AT_LEAST_ZERO = (
-    "lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
-    "hang_timeout_seconds", "max_skipped_steps",
+_RANGES = (
+    (
+        "must be at least 1", lambda x: x >= 1,
+        ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "tensor_model_parallel_size",
+         "micro_batch_size", "train_iters", "eval_interval", "eval_iters", "log_interval", "save_interval",
+         "distributed_timeout_minutes", "make_vocab_size_divisible_by", "rotary_base", "ffn_hidden_size",
+         "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
+         "max_position_embeddings", "mlp_tile_tokens"),
+    ),
+    (
+        "must be at least 0, and finite", lambda x: 0 <= x < math.inf,
+        ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
+         "hang_timeout_seconds", "max_skipped_steps", "sparsek_lr_mult", "sparsek_initial_slope"),
+    ),
+    (
+        "must be above 0, and finite", lambda x: 0 < x < math.inf,
+        ("adam_eps", "norm_epsilon", "init_method_std", "peak_tflops"),
+    ),
+    ("must be at least 0 and below 1", lambda x: 0 <= x < 1, ("adam_beta1", "adam_beta2")),
+    ("must be at least 0 and below 2^32", lambda x: 0 <= x < 2**32, ("seed",)),  # what NumPy's generator takes
 )  # fmt: skip
 
 
@@ -57,13 +66,11 @@ def data_paths(config: TrainingConfig) -> DataPaths:
 
 def check_ranges(config: TrainingConfig) -> None:
     """Single values."""
-    for names, least, optional in (
-        (_AT_LEAST_ONE, 1, False), (_AT_LEAST_ONE_OR_NONE, 1, True), (_AT_LEAST_ZERO, 0, False)
-    ):  # fmt: skip
+    for rule, holds, names in _RANGES:
         for name in names:
             value = getattr(config, name)
-            if not (optional and value is None) and not value >= least:
-                raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+            if value is not None and not holds(value):
+                raise UserError(f"{flag_of(name)} {value}: {rule}")
     if not 1 <= config.recompute_num_layers <= config.num_layers:
         raise UserError(
             f"--recompute-num-layers {config.recompute_num_layers}: must be between 1 and --num-layers "
@@ -177,8 +184,6 @@ def check_deepspeed(config: TrainingConfig, world_size: int, *, on_gpu: bool) ->
     """ZeRO's own settings and the user's JSON file."""
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("--offload-optimizer: needs a partitioned optimizer; use --zero-stage 1, 2 or 3")
-    if config.peak_tflops is not None and not config.peak_tflops > 0:
-        raise UserError(f"--peak-tflops {config.peak_tflops}: must be above 0")
     bf16 = on_gpu if config.bf16 is None else config.bf16
     build_ds_config(config, data_parallel=config.data_parallel_size(world_size), bf16=bf16, overlap=on_gpu)
 
@@ -200,15 +205,13 @@ def sparsek_config(config: TrainingConfig) -> SparseKConfig:
             f"--sparsek-pool {pool}: must be above --sparsek-topk {topk} so that the scorer gets a gradient; "
             f"use {4 * topk}, or ask for hard selection with --sparsek-hard-selection"
         )
-    try:
-        return SparseKConfig(
-            topk=topk,
-            window=config.sparsek_window,
-            stride=config.sparsek_stride,
-            pool=pool,
-            gate=config.sparsek_gate,
-            hard_selection=config.sparsek_hard_selection,
-            scorer_lr_mult=config.sparsek_lr_mult,
-        )
-    except ValueError as err:
-        raise UserError(f"--sparsek-{err}") from None
+    return SparseKConfig(
+        topk=topk,
+        window=config.sparsek_window,
+        stride=config.sparsek_stride,
+        pool=pool,
+        gate=config.sparsek_gate,
+        hard_selection=config.sparsek_hard_selection,
+        initial_slope=config.sparsek_initial_slope,
+        scorer_lr_mult=config.sparsek_lr_mult,
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags, YAML files, and every refusal that needs no process group."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from programs import REPOSITORY, run
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, parse
+from sparsek_megatron.training.generate import generation_config
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.pretrain import pretrain
 from sparsek_megatron.training.validate import check_precision, check_ranges, sparsek_config
@@ -85,7 +87,8 @@ def test_every_configuration_file_is_valid(path):
         ("--sparsek-pool 8", "--sparsek-pool 8: must be above --sparsek-topk 8"),
         ("--sparsek-pool 3", "--sparsek-pool 3: must be above --sparsek-topk 8"),
         ("--sparsek-pool 9 --sparsek-hard-selection", "with --sparsek-hard-selection it must equal topk"),
-        ("--sparsek-lr-mult -1", "--sparsek-scorer_lr_mult"),
+        ("--sparsek-lr-mult -1", "--sparsek-lr-mult -1.0: must be at least 0"),
+        ("--sparsek-initial-slope -1", "--sparsek-initial-slope -1.0: must be at least 0"),
         ("--tensor-model-parallel-size 2", "does not divide the 1 processes started"),
         ("--nproc-per-node 0", "--nproc-per-node 0: must be at least 1"),
         ("--global-batch-size 3", "--global-batch-size 3: not a multiple of --micro-batch-size 2 x 1"),
@@ -102,12 +105,19 @@ def test_every_configuration_file_is_valid(path):
         ("--train-iters 0", "--train-iters is missing"),
         ("--lr -1", "--lr -1.0: must be at least 0"),
         ("--lr nan", "--lr nan: must be at least 0"),
+        ("--lr inf", "--lr inf: must be at least 0, and finite"),
+        ("--seed -1", "--seed -1: must be at least 0 and below 2^32"),
+        ("--seed 4294967296", "--seed 4294967296: must be at least 0 and below 2^32"),
+        ("--adam-beta2 1.5", "--adam-beta2 1.5: must be at least 0 and below 1"),
+        ("--adam-eps -1", "--adam-eps -1.0: must be above 0"),
+        ("--rotary-base 0", "--rotary-base 0: must be at least 1"),
         ("--eval-iters 0", "--eval-iters 0: must be at least 1"),
         ("--data-path x", "exclude each other"),
         ("--config absent.yaml", "absent.yaml: cannot be read"),
         ("--load elsewhere", "--load elsewhere: holds no checkpoint"),
         ("--train-data-path absent", "absent.bin does not exist"),
         ("--train-data-path 0.5 a b", "0.5.bin does not exist"),
+        ("--train-data-path 0 a 0.5 b", "--train-data-path 0 a: the weight must be above 0"),
         ("--tokenizer-model absent", "--tokenizer-model absent: No such file"),
     ],
 )  # fmt: skip
@@ -117,6 +127,21 @@ def test_bad_settings_end_in_one_line(prepared, refused, tmp_path, monkeypatch, 
     message = refused(pretrain, [*prepared.flags(save), *flags.split()], "pretrain_gpt.py")
     assert said in message
     assert not save.exists() or list(save.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["abc", "-5,5,0", "95,5,0,0", "0,100,0", "95;5", "nan,5", "1e2,5", ""])
+def test_a_split_that_is_no_proportion_is_refused(prepared, refused, tmp_path, split):
+    flags = [*prepared.flags(tmp_path / "run"), f"--split={split}", "--data-path", prepared.train]
+    for name in ("--train-data-path", "--valid-data-path"):
+        place = flags.index(name)
+        del flags[place : place + 2]
+    assert f"--split {split}: must be the train,valid,test parts" in refused(pretrain, flags, "")
+
+
+def test_the_initial_slope_reaches_the_model_and_stays_in_the_runs_record(prepared, tmp_path):
+    config, _ = parse([*prepared.flags(tmp_path), "--sparsek-initial-slope", "4"])
+    assert sparsek_config(config).initial_slope == 4.0
+    assert sparsek_config(generation_config(dataclasses.asdict(config), 1)).initial_slope == 4.0
 
 
 def test_another_tokenizer_than_the_datas_is_refused(prepared, refused, tmp_path):

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.datasets.utils import get_blend_from_list, normalize
 
 from sparsek_megatron.data.datasets import StepSampler, batches, build_datasets, validation_entropy
-from sparsek_megatron.data.paths import DataPaths, parse_blend
+from sparsek_megatron.data.paths import DataPaths, parse_blend, parse_split
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 
@@ -114,6 +115,11 @@ def test_entropy_with_and_without_a_card(prepared, tmp_path):
     with_card = validation_entropy(DataPaths(train=(prepared.train,), valid=(prepared.valid,)), size)
     without = validation_entropy(DataPaths(train=(prepared.train,), valid=(str(bare),)), size)
     assert without == pytest.approx(with_card, abs=1e-12)
+
+
+@pytest.mark.parametrize("given", ["95,5,0", "95,5", "9", "0.5,0.25,0.25", "100,0,0"])
+def test_splits_are_read_as_megatron_reads_them(given):
+    assert normalize(parse_split(given)) == parse_and_normalize_split(given)
 
 
 @pytest.mark.parametrize("given", ["a", "a b", "a b c", "1 a", "0.3 a 0.7 b", "0.3 a b c", "1 2", "1 a 2"])
