@@ -28,7 +28,7 @@ import torch
 import triton
 from peers import SIDES, Case, Side, restrict_nsa_tuning
 from sparsek_kernels import select
-from timing import captured, median_ms, peak_bytes
+from timing import captured, median_ms, parse_with_cuda, peak_bytes
 
 Row = dict[str, object]
 FAILURES = (RuntimeError, ImportError, ValueError, NotImplementedError, AssertionError)
@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
         "--nsa-all", action="store_true", help="let NSA try all of its configurations (minutes)"
     )
     parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser.parse_args()
+    return parse_with_cuda(parser)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
     python kernels/benchmarks/compare.py main HEAD
     python kernels/benchmarks/compare.py HEAD . --lengths 8192 131072 --fail-above 1.03     # "." is the working tree
 
-Each revision is checked out into a temporary git worktree; this file measures both, so a change to the measuring
+Each revision is unpacked into a temporary folder; this file measures both, so a change to the measuring
 code cannot pass for a change of the kernels. Runs are interleaved and change places (A B, B A, A B, ...), each in a
 process of its own: clocks that drift and neighbours that come and go meet both. A round gives one ratio B / A per case;
 the table shows their median, lowest and highest. With --fail-above a case whose every round is slower than that ends
@@ -15,15 +15,17 @@ the program with code 1. Runs on CPU too, where the torch backend is measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,32 +124,23 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-@contextlib.contextmanager
-def checked_out(revision: str, folder: Path) -> Iterator[Path]:
-    """A folder holding `revision`: a worktree inside `folder` that is removed at the end, or the working tree."""
+def unpacked(revision: str, folder: Path) -> Path:
+    """A folder holding `revision`: `folder` with its files, or the working tree."""
     if revision == ".":
-        yield REPOSITORY
-        return
-    commit = git(
-        "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=f"{revision}: no such revision"
-    )
-    git(
-        "worktree", "add", "--detach", str(folder), commit, wrong=f"cannot check {revision} out into {folder}"
-    )
-    try:
-        yield folder
-    finally:
-        git("worktree", "remove", "--force", str(folder), wrong=f"cannot remove the worktree {folder}")
+        return REPOSITORY
+    git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=f"{revision}: no such revision")
+    packed = git("archive", "--format=tar", revision, wrong=f"cannot read the files of {revision}")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
-def git(*command: str, wrong: str) -> str:
+def git(*command: str, wrong: str) -> bytes:
     """Output of a git command in this repository; ends the program with `wrong` where it fails."""
-    done = subprocess.run(
-        ["git", "-C", str(REPOSITORY), *command], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "-C", str(REPOSITORY), *command], capture_output=True, check=False)
     if done.returncode:
-        fail(f"{wrong} {done.stderr.strip()}".strip())
-    return done.stdout.strip()
+        fail(f"{wrong} {done.stderr.decode().strip()}".strip())
+    return done.stdout
 
 
 def run(tree: Path, argv: list[str], label: str) -> dict[str, float]:
@@ -212,10 +205,9 @@ def main(argv: list[str]) -> int:
         return 0
     if args.rounds < 1:
         fail(f"--rounds {args.rounds}: must be at least 1")
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as scratch:
         trees = [
-            stack.enter_context(checked_out(revision, Path(scratch) / side))
-            for side, revision in (("a", args.a), ("b", args.b))
+            unpacked(revision, Path(scratch) / side) for side, revision in (("a", args.a), ("b", args.b))
         ]
         rounds = []
         for number in range(args.rounds):
@@ -235,4 +227,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was unpacked is removed then too
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

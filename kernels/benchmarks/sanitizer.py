@@ -10,8 +10,11 @@ the end of each tensor instead of the end of the allocator's block.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from sparsek_kernels import select, sparsek, sparsek_attention
+from timing import parse_with_cuda
 
 CASES = (  # tokens, query heads, KV heads, head dimension, topk, window, stride, packed lengths
     (300, 4, 1, 128, 64, 64, 64, None),
@@ -21,6 +24,9 @@ CASES = (  # tokens, query heads, KV heads, head dimension, topk, window, stride
 
 
 def main() -> None:
+    parse_with_cuda(
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
     for n, heads, kv_heads, dim, topk, window, stride, lengths in CASES:
         shapes = ((1, n, h, dim) for h in (heads, kv_heads, kv_heads))
         leaves = [

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from sparsek_kernels import select, sparsek
 from sparsek_kernels.selection import score_gradient
-from timing import captured, host_ms, median_ms, peak_bytes
+from timing import captured, host_ms, median_ms, parse_with_cuda, peak_bytes
 
 SHAPES = ("iid", "drifting", "rising", "falling", "equal", "adversarial")
 HEADS = 8
@@ -58,9 +58,7 @@ def main() -> None:
     parser.add_argument("--topk", type=int, nargs="+", default=[512, 2_048])
     parser.add_argument("--strides", type=int, nargs="+", default=[1, 16, 64, 128])
     parser.add_argument("--replays", type=int, default=7)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+    arguments = parse_with_cuda(parser)
 
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {HEADS} KV heads, window 512, pool 4 * topk\n"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,14 @@ import torch
 
 FLUSH_BYTES = 256 << 20
 """Written between timed calls, so that none finds its inputs in the L2 cache."""
+
+
+def parse_with_cuda(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; ends the program where there is no GPU to measure."""
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    return args
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

@@ -100,6 +100,36 @@ def test_packed_sequences_equal_each_alone():
     check_packed(inputs, bounds, torch.equal, topk=4, window=6, stride=4, backend="torch")
 
 
+def test_a_packing_of_empty_sequences_has_gradients():
+    inputs, bounds = packed_inputs((0, 0), hq=4, hkv=2)
+    check_packed(inputs, bounds, torch.equal, topk=4, window=6, stride=4, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "dtype", "message"),
+    [
+        ([5, 20], torch.int32, r"cu_seqlens must start at 0, .* got \[5, 20\]"),
+        ([0, 12, 8, 20], torch.int32, "cu_seqlens must start at 0, never decrease"),
+        ([0, 30], torch.int32, "end at or before s = 20"),
+        ([0, 20], torch.int64, "cu_seqlens must be int32"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_boundaries_that_pack_nothing_are_refused(backend, bounds, dtype, message):
+    inputs = make_inputs(20, d=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        sparsek_attention(*inputs, topk=4, window=4, backend=backend, cu_seqlens=torch.tensor(bounds, dtype=dtype))
+    with pytest.raises(ValueError, match="cu_seqlens must be an int32 tensor, got list"):
+        sparsek_attention(*inputs, topk=4, window=4, backend=backend, cu_seqlens=bounds)
+
+
+def test_autocast_changes_nothing():
+    inputs = make_inputs(40, dtype=torch.float32)
+    plain = sparsek_attention(*inputs, topk=4, window=4, stride=4, backend="torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sparsek_attention(*inputs, topk=4, window=4, stride=4, backend="torch"), plain)
+
+
 def test_scores_stay_connected_where_nothing_is_fractional():
     q, k, v, u = make_inputs(12)
     u.requires_grad_()
@@ -113,7 +143,7 @@ def test_scores_stay_connected_where_nothing_is_fractional():
         ({"topk": 0}, "topk must be an int of at least 1, got 0"),
         ({"window": -1}, "window must be an int of at least 1, got -1"),
         ({"stride": 0}, "stride must be an int of at least 1, got 0"),
-        ({"pool": 3}, "pool must be an int of at least topk = 4, got 3"),
+        ({"pool": 3}, "pool must be at least topk = 4, got 3"),
         ({"gate": "key"}, "gate must be one of key_value, value, logit, got 'key'"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
         ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens must be int32"),
@@ -190,6 +220,16 @@ def test_interpreted_kernels_on_hard_scores(short_segments, shape):
     else:
         inputs[3] = inputs[3] * 1e6
     check(tuple(inputs), 2e-6, "triton", topk=8, window=16, stride=64, gate="key_value")
+
+
+@interpreted
+def test_a_second_derivative_is_refused_where_it_would_be_zero():
+    leaves = [x.requires_grad_() for x in make_inputs(20, d=64, dtype=torch.float32)]
+    out = sparsek_attention(*leaves, topk=4, window=4, stride=4, backend="triton")
+    (d_query,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    assert d_query.any()
+    with pytest.raises(NotImplementedError, match="differentiable once; use backend='torch'"):
+        (out.sum() + d_query.square().sum()).backward()
 
 
 @interpreted

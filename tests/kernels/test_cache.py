@@ -276,7 +276,7 @@ def test_reset_rows_start_over():
     ("change", "message"),
     [
         ({"topk": 0}, "topk must be an int of at least 1, got 0"),
-        ({"pool": 3}, "pool must be between topk = 4 and 16384, got 3"),
+        ({"pool": 3}, "pool must be at least topk = 4, got 3"),
         ({"gate": "both"}, "gate must be one of key_value, value, logit, got 'both'"),
         ({"dtype": torch.float64}, "dtype must be one of bfloat16, float16, float32, got torch.float64"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),

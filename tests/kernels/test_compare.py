@@ -2,8 +2,10 @@
 """The comparison of two revisions: its arithmetic, and one small run of real revisions."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,7 @@ def runs(monkeypatch, module, times):
         return {"x": times[label]}
 
     monkeypatch.setattr(module, "run", run)
-    monkeypatch.setattr(module, "checked_out", lambda revision, folder: module.contextlib.nullcontext(folder))
+    monkeypatch.setattr(module, "unpacked", lambda revision, folder: folder)
     return calls
 
 
@@ -53,28 +55,20 @@ def test_revisions_take_turns_and_a_slower_one_fails(monkeypatch, module, capsys
     assert module.main(["old", "new", "--rounds", "1"]) == 0
 
 
-def test_a_real_comparison_leaves_no_worktree():
-    def worktrees():
-        command = ["git", "worktree", "list", "--porcelain"]
-        done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
-        return [line for line in done.stdout.splitlines() if line.startswith("worktree")]
-
-    before = worktrees()
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "HEAD",
-        ".",
-        "--rounds",
-        "1",
-        "--operations",
-        "select",
-        *TINY.split(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("select 64")
-    assert worktrees() == before
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_real_comparison_leaves_nothing_behind(stopped, tmp_path):
+    command = [sys.executable, str(SCRIPT), "HEAD", ".", "--rounds", "1", "--operations", "select", *TINY.split()]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    if stopped:
+        while process.poll() is None and not list(tmp_path.glob("*/a/pyproject.toml")):
+            time.sleep(0.01)
+        process.terminate()
+    out, error = process.communicate(timeout=120)
+    assert "Traceback" not in error and process.returncode == (130 if stopped else 0), error
+    assert stopped or out.splitlines()[1].startswith("select 64")
+    assert not list(tmp_path.glob("tmp*"))
 
 
 def test_an_unknown_revision_is_named():

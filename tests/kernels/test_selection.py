@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection on the CPU: against brute force and the streaming oracle, its invariants, chunks, packing, refusals."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -154,12 +155,16 @@ def test_chunks_are_bitwise_the_whole(case, cuts):
     assert state.length == n
 
 
-def test_state_does_not_grow():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_state_does_not_grow(backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     kw = {"topk": 4, "window": 8, "stride": 4, "pool": 10}
     sizes = set()
     for n in (3, 50, 400):
-        state = select(torch.randn(1, n, 2), return_state=True, **kw).state
-        sizes.add(tuple(tuple(getattr(state, name).shape) for name in STATE_FIELDS))
+        state = select(torch.randn(1, n, 1, device=device), return_state=True, backend=backend, **kw).state
+        tensors = [getattr(state, name) for name in STATE_FIELDS]
+        sizes.add(tuple(tuple(x.shape) for x in tensors))
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors), "no view of what the call computed"
     assert len(sizes) == 1
 
 
@@ -252,13 +257,14 @@ GOOD = {"topk": 4, "window": 8, "stride": 8, "pool": 12}
         (torch.randn(1, 9, 2).double(), {}, "scores must be a float32 tensor, got torch.float64"),
         (torch.randn(1, 0, 2), {}, "scores must hold at least one token"),
         (torch.randn(9, 2), {}, r"scores must be \[b, s, num_query_groups\], got shape \(9, 2\)"),
-        (torch.randn(1, 9, 2), {"topk": 0}, "topk must be an int >= 1, got 0"),
-        (torch.randn(1, 9, 2), {"window": 0}, "window must be an int >= 1, got 0"),
-        (torch.randn(1, 9, 2), {"stride": 0}, "stride must be an int >= 1, got 0"),
-        (torch.randn(1, 9, 2), {"stride": 2.0}, "stride must be an int >= 1, got 2.0"),
+        (torch.randn(1, 9, 2), {"topk": 0}, "topk must be an int of at least 1, got 0"),
+        (torch.randn(1, 9, 2), {"window": 0}, "window must be an int of at least 1, got 0"),
+        (torch.randn(1, 9, 2), {"stride": 0}, "stride must be an int of at least 1, got 0"),
+        (torch.randn(1, 9, 2), {"stride": 2.0}, "stride must be an int of at least 1, got 2.0"),
         (torch.randn(1, 9, 2), {"pool": 4}, r"pool must be greater than topk \(4\), got 4"),
-        (torch.randn(1, 9, 2), {"pool": 3}, r"pool must be greater than topk \(4\), got 3"),
+        (torch.randn(1, 9, 2), {"pool": 3}, "pool must be at least topk = 4, got 3"),
         (torch.randn(1, 9, 2), {"pool": 1 << 15}, "pool must be at most 16384, got 32768"),
+        (torch.randn(1, 9, 2), {"pool": None, "topk": 5000}, "pool is 4 \\* topk = 20000 by default .* pass a pool"),
         (torch.randn(1, 9, 2), {"hard": True}, r"pool must be None or topk \(4\) with hard=True, got 12"),
         (torch.randn(1, 9, 2), {"backend": "cuda"}, "backend must be"),
         (torch.tensor([[[0.0], [float("nan")]]]), {"check": True}, "scores must be finite, got nan"),
@@ -293,8 +299,14 @@ def test_refuses(scores, changes, message):
 
 def test_refuses_a_state_of_other_settings():
     state = select(torch.randn(1, 30, 2), return_state=True, **GOOD).state
+    for name, changed in (("window", {"window": 9, "stride": 7}), ("topk", {"topk": 5})):  # tensors of the same sizes
+        with pytest.raises(ValueError, match=f"{name} must be {GOOD[name]} as in the call that made the state"):
+            select(torch.randn(1, 5, 2), state=state, **{**GOOD, **changed})
+    unknown = dataclasses.replace(state, topk=None, window=None, stride=None)
     with pytest.raises(ValueError, match=r"state\.recent_scores must have shape"):
-        select(torch.randn(1, 5, 2), state=state, **{**GOOD, "window": 9})
+        select(torch.randn(1, 5, 2), state=unknown, **{**GOOD, "window": 9})
+    with pytest.raises(ValueError, match="state must be a SelectionState, got int"):
+        select(torch.randn(1, 5, 2), state=3, **GOOD)
     with pytest.raises(ValueError, match=r"state\.pool_scores must have shape"):
         select(torch.randn(1, 5, 2), state=state, **{**GOOD, "pool": 13})
     with pytest.raises(NotImplementedError, match="cu_seqlens cannot be combined with state"):

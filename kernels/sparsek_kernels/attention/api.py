@@ -7,9 +7,10 @@ import torch
 
 from sparsek_kernels.attention.autograd import triton_attention
 from sparsek_kernels.attention.reference import torch_attention
+from sparsek_kernels.selection.api import check_cu_seqlens
+from sparsek_kernels.settings import BACKENDS, GATES, pool_size, require_choice, scale_or_default
 
-GATES = ("key_value", "value", "logit")
-BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sparsek_attention(
@@ -42,14 +43,15 @@ def sparsek_attention(
         topk: keys selected per query, at least 1.
         window: local keys per query, at least 1 (up to stride - 1 more between refresh points).
         stride: tokens between refresh points; 1 selects for every token.
-        pool: candidates kept for the threshold; default 4 * topk. `pool == topk` is hard selection: gates 1, and
-            a score gradient of zero.
+        pool: candidates kept for the threshold, at most 16,384; default 4 * topk. `pool == topk` is hard selection:
+            gates 1, and a score gradient of zero.
         gate: where the gate m acts. "key_value": logit scale * m * q.k and value m * v; "value": value m * v only;
             "logit": logit scale * q.k + log m.
         softmax_scale: default d ** -0.5.
         cu_seqlens: int32 [num_seqs + 1] boundaries of sequences packed along s (then b must be 1). Rows past the last
-            boundary give 0.
-        backend: "triton" (CUDA), "torch" (anywhere), or "auto": Triton on CUDA, torch on CPU.
+            boundary give 0. Its values are checked on the CPU only: reading them would wait for the device.
+        backend: "triton" (CUDA; differentiable once), "torch" (anywhere, any number of times), or "auto": Triton on
+            CUDA, torch on CPU.
 
     Returns:
         [b, s, hq, d], dtype of `query`.
@@ -58,9 +60,12 @@ def sparsek_attention(
         ValueError: a shape, dtype or setting that does not fit, naming the argument, its value and what would fit.
         NotImplementedError: a combination the chosen backend does not support.
     """
-    pool = 4 * topk if pool is None else pool
-    check_arguments(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend)
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    check_tensors(query, key, value, scores)
+    pool = pool_size(topk, window, stride, pool)
+    require_choice("gate", gate, GATES)
+    require_choice("backend", backend, BACKENDS)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, scores)
     attention = torch_attention if resolve_backend(backend, query) == "torch" else triton_attention
     return attention(
         query,
@@ -72,7 +77,7 @@ def sparsek_attention(
         stride=stride,
         pool=pool,
         gate=gate,
-        softmax_scale=scale,
+        softmax_scale=scale_or_default(softmax_scale, query.shape[-1]),
         cu_seqlens=cu_seqlens,
     )
 
@@ -84,8 +89,10 @@ def resolve_backend(backend: str, query: torch.Tensor) -> str:
     return backend
 
 
-def check_arguments(query, key, value, scores, topk, window, stride, pool, gate, cu_seqlens, backend) -> None:
-    """ValueError for the first argument that does not fit, with its value and what would."""
+def check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
+) -> None:
+    """ValueError for the first tensor that does not fit, with its value and what would."""
     for name, x, rank in (("query", query, 4), ("key", key, 4), ("value", value, 4), ("scores", scores, 3)):
         if x.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")
@@ -111,22 +118,8 @@ def check_arguments(query, key, value, scores, topk, window, stride, pool, gate,
         raise ValueError(
             f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
         )
+    if query.dtype not in DTYPES:
+        raise ValueError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
     wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
     if scores.dtype != wanted:
         raise ValueError(f"scores has dtype {scores.dtype}; with {query.dtype} queries it must be {wanted}")
-    for name, number in (("topk", topk), ("window", window), ("stride", stride)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {number!r}")
-    if isinstance(pool, bool) or not isinstance(pool, int) or pool < topk:
-        raise ValueError(f"pool must be an int of at least topk = {topk}, got {pool!r}")
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if cu_seqlens is not None:
-        if b != 1:
-            raise ValueError(f"cu_seqlens packs sequences along s and needs batch 1, got batch {b}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
-            raise ValueError(
-                f"cu_seqlens must be int32 [num_seqs + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-            )

@@ -3,7 +3,8 @@
 
 `sparsek::attention` takes a finished selection and the keys it speaks of (E keys in `selection.types`), so a recomputed
 forward (activation checkpointing) and CUDA graphs see plain tensors in and out. Its backward also returns the score
-gradient, from per-key and per-query gate gradients and the intervals of F (`score_gradient`).
+gradient, from per-key and per-query gate gradients and the intervals of F (`score_gradient`), and refuses to be
+differentiated itself.
 """
 
 from __future__ import annotations
@@ -110,7 +111,27 @@ class _EagerAttention(torch.autograd.Function):
         )  # here: with `setup_context`, torch inspects this function's signature at every call
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        if not torch.is_grad_enabled():
+            return _backward(ctx, d_out, d_lse)
+        with torch.no_grad():  # create_graph=True
+            found = _backward(ctx, d_out, d_lse)
+        return (*_DifferentiableOnce.apply(*found[:4], d_out, *ctx.saved_tensors[:4]), *found[4:])
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Four gradients, and what they depend on: without it a second derivative would silently be zero."""
+
+    @staticmethod
+    def forward(ctx, d_query, d_key, d_value, d_scores, *_depends_on):
+        return tuple(x.view_as(x) for x in (d_query, d_key, d_value, d_scores))
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "the triton backend of sparsek_attention is differentiable once; use backend='torch' for second derivatives"
+        )
 
 
 def _check_supported(query: torch.Tensor, key: torch.Tensor) -> None:

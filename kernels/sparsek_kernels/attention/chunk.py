@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from sparsek_kernels.attention.api import check_arguments, resolve_backend
+from sparsek_kernels.attention.api import check_tensors, resolve_backend
 from sparsek_kernels.attention.autograd import attend_selected
 from sparsek_kernels.attention.reference import attend_sequence, compute_dtype, gather_rows
 from sparsek_kernels.selection import Selection, SelectionState, select
 from sparsek_kernels.selection.geometry import Geometry
 from sparsek_kernels.selection.torch_backend import extend_scores
+from sparsek_kernels.settings import BACKENDS, GATES, pool_size, require_choice, scale_or_default
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ def sparsek_attention_chunk(
 
     Raises ValueError for arguments that do not fit each other or the state.
     """
-    pool = 4 * topk if pool is None else pool
-    check_arguments(query, key, value, scores, topk, window, stride, pool, gate, None, backend)
+    check_tensors(query, key, value, scores)
+    pool = pool_size(topk, window, stride, pool)
+    require_choice("gate", gate, GATES)
+    require_choice("backend", backend, BACKENDS)
     _check_state(state, key, topk, window, stride)
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = scale_or_default(softmax_scale, query.shape[-1])
     options = {"topk": topk, "window": window, "stride": stride, "pool": pool}
     before = None if state is None else detached(state.selection)
     with torch.no_grad():
@@ -124,6 +127,8 @@ def _check_state(
 ) -> None:
     if state is None:
         return
+    if not isinstance(state, AttentionState):
+        raise ValueError(f"state must be an AttentionState, got {type(state).__name__}")
     shape = (key.shape[0], topk + window + stride - 1, *key.shape[2:])
     for name, rows in (("key", state.key), ("value", state.value)):
         if tuple(rows.shape) != shape or rows.dtype != key.dtype or rows.device != key.device:

@@ -27,6 +27,12 @@ def compute_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in their own dtype, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a, b)
+
+
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x [b, h, n, d] at index [b, h, ...]: [b, h, ..., d]."""
     flat = index.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
@@ -94,7 +100,7 @@ def _attend(
 
     keys = gather_rows(key, index)[:, :, None]  # [b, h, 1, r, topk + L, d]
     values = gather_rows(value, index)[:, :, None]
-    logits = torch.matmul(query, keys.transpose(-1, -2)) * softmax_scale
+    logits = product(query, keys.transpose(-1, -2)) * softmax_scale
     if gate == "key_value":
         logits = logits * gates
     elif gate == "logit":
@@ -102,7 +108,7 @@ def _attend(
     weights = torch.softmax(logits.masked_fill(~mask, float("-inf")), dim=-1)
     if gate != "logit":
         weights = weights * gates
-    return torch.matmul(weights, values)
+    return product(weights, values)
 
 
 def attend_sequence(
@@ -188,5 +194,8 @@ def torch_attention(
         for start, end in pairwise(bounds)
         if end > start
     ]
-    pieces.append(query.new_zeros(query.shape[0], query.shape[1] - bounds[-1], *query.shape[2:], dtype=dtype))
+    # Rows past the last sequence are 0, and connected to all inputs: a batch of empty sequences has gradients too.
+    every = torch.ones((), dtype=torch.bool, device=query.device)
+    q, k, v, u = (x[:, bounds[-1] :].masked_fill(every, 0) for x in tensors)
+    pieces.append(q + (k + v + u[..., None]).repeat_interleave(q.shape[2] // k.shape[2], dim=2))
     return torch.cat(pieces, dim=1).to(query.dtype)

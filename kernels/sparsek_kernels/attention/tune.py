@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     arguments = vars(parser.parse_args())
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
     dtype = getattr(torch, arguments.pop("dtype"))
     print(tune_tilings(**arguments, dtype=dtype, install=False))
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 
-from sparsek_kernels.attention.api import BACKENDS
 from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP
 from sparsek_kernels.cache.file import read_file, write_file
 from sparsek_kernels.cache.layout import Buffers, CacheSettings
 from sparsek_kernels.cache.torch_backend import append_torch, attend_torch, prefill_torch
 from sparsek_kernels.cache.triton_backend import append_triton, attend_triton, prefill_triton
+from sparsek_kernels.settings import BACKENDS, pool_size, require_choice, scale_or_default
 
 PREFILL_TOKENS = 65_536  # tokens (over the rows of a group) that one call of the attention kernels takes
 UNKNOWN = -1  # length of a row that captured steps may have moved on
@@ -72,9 +72,9 @@ class SparseKCache:
             topk=topk,
             window=window,
             stride=stride,
-            pool=4 * topk if pool is None else pool,
+            pool=pool_size(topk, window, stride, pool),
             gate=gate,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+            softmax_scale=scale_or_default(softmax_scale, head_dim),
             dtype=dtype,
         )
         device = torch.empty(0, device=device).device  # "cuda" with its index
@@ -83,8 +83,7 @@ class SparseKCache:
 
     def _attach(self, settings: CacheSettings, buffers: Buffers, held: torch.Tensor, backend: str) -> None:
         """held: what the host knows of the rows' lengths, [b] int64; UNKNOWN stays so."""
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        require_choice("backend", backend, BACKENDS)
         device = buffers.key.device
         if backend == "auto":
             backend = "triton" if device.type == "cuda" else "torch"

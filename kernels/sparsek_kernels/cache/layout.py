@@ -18,15 +18,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from sparsek_kernels.attention.api import GATES
-from sparsek_kernels.selection.threshold import MAX_POOL
+from sparsek_kernels.settings import GATES, pool_size, require_choice, require_int
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _require_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -45,12 +39,10 @@ class CacheSettings:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_kv_heads", "head_dim", "topk", "window", "stride", "pool"):
-            _require_int(name, getattr(self, name))
-        if not self.topk <= self.pool <= MAX_POOL:
-            raise ValueError(f"pool must be between topk = {self.topk} and {MAX_POOL}, got {self.pool}")
-        if self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        for name in ("batch_size", "num_kv_heads", "head_dim"):
+            require_int(name, getattr(self, name))
+        pool_size(self.topk, self.window, self.stride, self.pool)
+        require_choice("gate", self.gate, GATES)
         if self.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"dtype must be one of {names}, got {self.dtype}")

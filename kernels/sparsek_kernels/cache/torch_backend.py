@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from sparsek_kernels.attention.chunk import sparsek_attention_chunk
+from sparsek_kernels.attention.reference import product
 from sparsek_kernels.cache.layout import Buffers, CacheSettings
 from sparsek_kernels.cache.state import read_state, write_state
 from sparsek_kernels.selection.threshold import exact_threshold, split
@@ -102,7 +103,7 @@ def attend_torch(buffers: Buffers, settings: CacheSettings, query: torch.Tensor)
     gates = torch.cat([gates.masked_fill(~present, 1.0), torch.ones_like(local, dtype=gates.dtype)], dim=-1)
     gates = gates[:, :, None]
     q = query.float().unflatten(1, (heads, -1))  # [b, hkv, group, d]
-    logits = torch.matmul(q, buffers.key.float().transpose(-1, -2)) * settings.softmax_scale
+    logits = product(q, buffers.key.float().transpose(-1, -2)) * settings.softmax_scale
     if settings.gate == "key_value":
         logits = logits * gates
     elif settings.gate == "logit":
@@ -110,4 +111,4 @@ def attend_torch(buffers: Buffers, settings: CacheSettings, query: torch.Tensor)
     weights = torch.softmax(logits.masked_fill(~mask, float("-inf")), dim=-1)
     if settings.gate != "logit":
         weights = weights * gates
-    return torch.matmul(weights, buffers.value.float()).flatten(1, 2).to(query.dtype)
+    return product(weights, buffers.value.float()).flatten(1, 2).to(query.dtype)

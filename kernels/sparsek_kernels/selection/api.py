@@ -8,33 +8,15 @@ from itertools import pairwise
 
 import torch
 
+from sparsek_kernels.settings import BACKENDS, pool_size, require_choice
+
 from . import torch_backend
 from .geometry import Geometry
-from .threshold import MAX_POOL
 from .triton_backend import select_triton
 from .types import Selection, SelectionState
 
 MAX_KEYS = (1 << 31) - 1
 MAX_ROWS = 65_535  # rows are the second dimension of the kernels' grids
-
-
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-    return value
-
-
-def _pool_size(topk: int, pool: int | None, hard: bool) -> int:
-    if hard:
-        if pool not in (None, topk):
-            raise ValueError(f"pool must be None or topk ({topk}) with hard=True, got {pool!r}")
-        return topk
-    size = 4 * topk if pool is None else _positive("pool", pool)
-    if size <= topk:
-        raise ValueError(
-            f"pool must be greater than topk ({topk}), got {size}; pass hard=True for gates of 1 and pool = topk"
-        )
-    return size
 
 
 def _check_scores(scores: object) -> torch.Tensor:
@@ -48,7 +30,11 @@ def _check_scores(scores: object) -> torch.Tensor:
     return scores.detach()
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: bool) -> None:
+def check_cu_seqlens(cu_seqlens: object, scores: torch.Tensor, *, read: bool = False) -> None:
+    """ValueError unless `cu_seqlens` can pack sequences along scores [1, s, ...]. Its values are read on the CPU, or
+    anywhere where `read` asks for it (which waits for the device)."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             "cu_seqlens must be int32 of shape [num_seqs + 1], "
@@ -58,7 +44,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: boo
         raise ValueError(f"scores must have batch 1 with cu_seqlens, got batch {scores.shape[0]}")
     if cu_seqlens.device != scores.device:
         raise ValueError(f"cu_seqlens must be on {scores.device} like scores, got {cu_seqlens.device}")
-    if check or not cu_seqlens.is_cuda:
+    if read or not cu_seqlens.is_cuda:
         values = cu_seqlens.tolist()
         if values[0] != 0 or any(x > y for x, y in pairwise(values)) or values[-1] > scores.shape[1]:
             raise ValueError(
@@ -66,7 +52,15 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, scores: torch.Tensor, check: boo
             )
 
 
-def _check_state(state: SelectionState, scores: torch.Tensor, pool: int, window: int, stride: int) -> None:
+def _check_state(
+    state: object, scores: torch.Tensor, topk: int, pool: int, window: int, stride: int
+) -> None:
+    if not isinstance(state, SelectionState):
+        raise ValueError(f"state must be a SelectionState, got {type(state).__name__}")
+    for name, value in (("topk", topk), ("window", window), ("stride", stride)):
+        made_with = getattr(state, name)
+        if made_with is not None and made_with != value:
+            raise ValueError(f"{name} must be {made_with} as in the call that made the state, got {value}")
     rows = (scores.shape[0], scores.shape[2])
     expected = {
         "pool_scores": (*rows, pool),
@@ -135,12 +129,8 @@ def select(
     Raises ValueError for bad arguments and NotImplementedError for `cu_seqlens` together with a state.
     """
     scores = _check_scores(scores)
-    topk, window, stride = _positive("topk", topk), _positive("window", window), _positive("stride", stride)
-    size = _pool_size(topk, pool, hard)
-    if size > MAX_POOL:
-        raise ValueError(f"pool must be at most {MAX_POOL}, got {size}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+    size = pool_size(topk, window, stride, pool, hard=hard)
+    require_choice("backend", backend, BACKENDS)
     if scores.shape[1] + size + window + stride > MAX_KEYS:
         raise ValueError(f"s + pool + window + stride must be at most {MAX_KEYS}, got s = {scores.shape[1]}")
     if cu_seqlens is not None:
@@ -148,9 +138,9 @@ def select(
             raise NotImplementedError(
                 "cu_seqlens cannot be combined with state: carry one state per sequence"
             )
-        _check_cu_seqlens(cu_seqlens, scores, check)
+        check_cu_seqlens(cu_seqlens, scores, read=check)
     if state is not None:
-        _check_state(state, scores, size, window, stride)
+        _check_state(state, scores, topk, size, window, stride)
     if check:
         _check_values(scores, cu_seqlens)
     geometry = _geometry(scores, size, window, stride, state)
@@ -205,17 +195,16 @@ def pool_indices(
     memory of R * pool.
     """
     scores = _check_scores(scores)
-    topk, window, stride = _positive("topk", topk), _positive("window", window), _positive("stride", stride)
-    size = _pool_size(topk, pool, hard)
+    size = pool_size(topk, window, stride, pool, hard=hard)
     if cu_seqlens is not None:
         if state is not None:
             raise NotImplementedError(
                 "cu_seqlens cannot be combined with state: carry one state per sequence"
             )
-        _check_cu_seqlens(cu_seqlens, scores, True)
+        check_cu_seqlens(cu_seqlens, scores, read=True)
         return torch_backend.pool_packed(scores, cu_seqlens, window=window, stride=stride, pool=size)
     if state is not None:
-        _check_state(state, scores, size, window, stride)
+        _check_state(state, scores, topk, size, window, stride)
     return torch_backend.pool_rows(
         scores, geometry=_geometry(scores, size, window, stride, state), state=state
     )

@@ -19,8 +19,6 @@ import torch
 
 GRID_BITS = 38
 """Fractional bits kept when selection solves for tau."""
-MAX_POOL = 1 << 14
-"""Largest pool for which the sums stay exact: 2^14 numbers below 2^38 need 52 bits."""
 
 _GRID = float(1 << GRID_BITS)
 _ROUND = 1.5 * 2.0 ** (52 - GRID_BITS)  # adding and subtracting it rounds to the grid

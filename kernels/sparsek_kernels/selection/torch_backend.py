@@ -168,7 +168,7 @@ def select_rows(
     after = None
     if return_state:
         after = next_state(
-            extended, by_head(pool, torch.int64), by_head(tau[:, -1], torch.float64), geometry, state
+            extended, by_head(pool, torch.int64), by_head(tau[:, -1], torch.float64), topk, geometry, state
         )
     return Selection(
         threshold=by_head(high, torch.float32),
@@ -191,10 +191,14 @@ def next_state(
     extended: torch.Tensor,
     pool: torch.Tensor,
     tau: torch.Tensor,
+    topk: int,
     geometry: Geometry,
     state: SelectionState | None,
 ) -> SelectionState:
-    """State after the call. pool [b, hkv, pool] keys of the last slot, tau [b, hkv] float64."""
+    """State after the call. pool [b, hkv, pool] keys of the last slot, tau [b, hkv] float64.
+
+    Copies: a view would keep the memory of the whole call.
+    """
     index = key_indices(pool)
     position = index - geometry.token_base + geometry.past
     if state is not None:
@@ -208,8 +212,11 @@ def next_state(
         length=geometry.past + geometry.s,
         pool_scores=key_scores(pool),
         pool_index=torch.where(index < 0, -1, position).int(),
-        recent_scores=recent.contiguous(),
-        threshold=tau,
+        recent_scores=recent.clone(memory_format=torch.contiguous_format),
+        threshold=tau.clone(),
+        topk=topk,
+        window=geometry.window,
+        stride=geometry.stride,
     )
 
 

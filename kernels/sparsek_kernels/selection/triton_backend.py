@@ -103,7 +103,7 @@ def select_triton(
     after = None
     if return_state:
         tau = join(high[..., -1], low[..., -1])
-        after = next_state(extended, pool_keys, tau, geometry, state)
+        after = next_state(extended, pool_keys, tau, topk, geometry, state)
     return Selection(
         threshold=high,
         threshold_low=low,

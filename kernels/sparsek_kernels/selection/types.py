@@ -44,6 +44,7 @@ class SelectionState:
                    `length - (window + stride - 1) ... length - 1` (newest last; -inf before the start):
                    every token that has not been offered to the pool yet is here
     threshold      [b, hkv] fp64, tau of the last refresh point processed; -inf while the pool holds <= topk
+    topk, window, stride  settings of the calls that made it, which those that continue it must share; None: not known
     """
 
     length: int
@@ -51,6 +52,9 @@ class SelectionState:
     pool_index: torch.Tensor
     recent_scores: torch.Tensor
     threshold: torch.Tensor
+    topk: int | None = None
+    window: int | None = None
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
