@@ -97,7 +97,7 @@ def read_documents(sources: Iterable[Source], *, json_key: str = "text") -> Iter
 
     Raises:
         UserError: a file that is not UTF-8; a JSON line that does not parse, is not an object, or lacks
-            `json_key` as a string (with file and line number).
+            `json_key` as a string of whole characters (with file and line number).
     """
     for source in sources:
         if not source.is_jsonl:
@@ -124,7 +124,15 @@ def _json_text(source: Source, number: int, raw: bytes, json_key: str) -> str:
         raise UserError(f"{where}: no key {json_key!r} (found: {keys}); name the text's key with --json-keys")
     if not isinstance(record[json_key], str):
         raise UserError(f"{where}: key {json_key!r} holds {type(record[json_key]).__name__}; it must hold a string")
-    return record[json_key]
+    text = record[json_key]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise UserError(
+            f"{where}: key {json_key!r} holds half of a surrogate pair ({text[err.start]!a}), which is no character; "
+            "mend or remove the line"
+        ) from None
+    return text
 
 
 def is_validation(name: str, fraction: float) -> bool:

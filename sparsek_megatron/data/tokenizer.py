@@ -80,17 +80,18 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: Path, thread
     token of its own; the first ids are <unk> 0, <|endoftext|> 1, <pad> 2.
 
     Raises:
-        UserError: there is no text, or `vocab_size` is more than the corpus supports (or too small).
+        UserError: there is no text, or `vocab_size` is more than the corpus supports (or too small); and what `texts`
+            itself raises.
     """
     smallest = 256 + 4  # every byte, the three control tokens, newline
     if vocab_size <= smallest:
         raise UserError(f"--vocab-size {vocab_size}: too small, bytes and control tokens alone take {smallest}")
-    counter = _LineCounter(texts)
+    lines = _Lines(texts)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_SEED)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(counter),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -113,7 +114,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: Path, thread
             minloglevel=2,
         )
     except RuntimeError as err:
-        if counter.lines == 0:
+        if lines.error is not None:
+            raise lines.error from None
+        if lines.count == 0:
             raise UserError("--input: the corpus holds no text to train a tokenizer on") from None
         raise UserError(_explain_training_failure(vocab_size, str(err))) from None
     with atomic_write(path, "wb") as stream:
@@ -121,19 +124,24 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: Path, thread
     return SentencePieceTokenizer(model.getvalue())
 
 
-class _LineCounter:
-    """Lines of the texts, and how many there were."""
+class _Lines:
+    """Lines of the texts, how many there were, and what ended them: SentencePiece passes it on as its own error."""
 
     def __init__(self, texts: Iterable[str]):
         self._texts = texts
-        self.lines = 0
+        self.count = 0
+        self.error: UserError | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            for line in text.split("\n"):
-                if line and "\0" not in line:
-                    self.lines += 1
-                    yield line
+        try:
+            for text in self._texts:
+                for line in text.split("\n"):
+                    if line and "\0" not in line:
+                        self.count += 1
+                        yield line
+        except UserError as err:
+            self.error = err
+            raise
 
 
 def _explain_training_failure(vocab_size: int, message: str) -> str:

@@ -87,6 +87,10 @@ BAD_INPUTS = {
     "list.jsonl": (b"[1]\n", "list.jsonl, line 1: no key 'text' (found: a list, not an object)"),
     "type.jsonl": (b'{"text": 3}\n', "type.jsonl, line 1: key 'text' holds int"),
     "bytes.jsonl": (b'{"text": "fine"}\n{"text": "\xff"}\n', "bytes.jsonl, line 2: not UTF-8"),
+    "half.jsonl": (
+        rb'{"text": "\ud83d\ude42"}' + b"\n" + rb'{"text": "ab\ud83d"}',
+        r"half.jsonl, line 2: key 'text' holds half of a surrogate pair ('\ud83d')",
+    ),
 }
 
 
@@ -96,7 +100,10 @@ def test_bad_input_names_file_and_line_and_leaves_nothing(prepared, refused, tmp
     source, out = tmp_path / name, tmp_path / "out"
     if content is not None:
         source.write_bytes(content)
-    assert said in refused(prepare, flags(prepared, out, source))
+    given = flags(prepared, out, source)
+    assert said in refused(prepare, given)
+    own = ["--train-tokenizer", "--vocab-size", "290", "--tokenizer-model", str(out / "t.model")]
+    assert said in refused(prepare, [*given, *own])
     assert not out.exists() or list(out.iterdir()) == []
 
 
