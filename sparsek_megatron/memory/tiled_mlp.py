@@ -4,9 +4,9 @@
 A SwiGLU MLP of width f holds 3 f / tp numbers per token in forward and as many gradients in backward: 64 GiB
 at 1M tokens and f = 5,504 in bf16, whatever is recomputed around it. A token's MLP does not depend on other
 tokens, so each tile of the sequence is computed alone, and again in backward: one more forward of the MLP.
-Under full recompute of single layers that forward replaces the one of the layer's recomputation, whose result
-is the layer's output and is read by nobody (what backward needs are inputs); it is skipped there, and tiles
-cost nothing.
+Under full recompute of single decoder layers that forward replaces the one of the layer's recomputation, whose
+result is the layer's output and is read by nobody (what backward needs are inputs); it is skipped there, and tiles
+cost nothing. A multi-token prediction layer recomputes the norm behind its MLP too, which reads the result.
 
 Weight gradients are summed over tiles in fp32 and handed to autograd once, so hooks on parameters
 (Megatron's DDP, DeepSpeed) fire once. (megatron-core 0.19's `mlp_chunks_for_training` cuts the forward pass
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
 
@@ -94,25 +95,31 @@ def use_tiled_mlp(model: Any, *, tile_tokens: int) -> Any:
         if refused:
             raise NotImplementedError(f"tiled MLP: {why}, or leave --mlp-tile-tokens out")
     gathered = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    full = config.recompute_granularity == "full"
+    layers_alone = full and (config.recompute_method == "block" or config.recompute_num_layers == 1)
+    predicting = [module for module in model.modules() if isinstance(module, MultiTokenPredictionLayer)]
+    read_again = {module for layer in predicting for module in layer.modules()}
     for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
-        mlp.forward = _tiled_forward(mlp, tile_tokens, gathered)
+        unread = layers_alone and mlp not in read_again
+        mlp.forward = _tiled_forward(mlp, tile_tokens // gathered, unread_when_recomputed=unread)
     return model
 
 
-def _tiled_forward(mlp: Any, tile_tokens: int, gathered: int) -> Callable[..., tuple[Tensor, None]]:
+def _tiled_forward(
+    mlp: Any, tile_tokens: int, *, unread_when_recomputed: bool
+) -> Callable[..., tuple[Tensor, None]]:
+    """The MLP's forward in tiles of about `tile_tokens` of this rank's tokens."""
     whole = mlp.forward
-    full = mlp.config.recompute_granularity == "full"
-    layers_alone = full and (mlp.config.recompute_method == "block" or mlp.config.recompute_num_layers == 1)
 
     def run(tile: Tensor) -> Tensor:
         return whole(tile)[0]
 
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        rows = max(1, tile_tokens // (gathered * hidden_states.shape[1]))
+        rows = max(1, tile_tokens // hidden_states.shape[1])
         if rows >= hidden_states.shape[0]:
             return run(hidden_states), None
-        recomputing = is_checkpointing() and torch.is_grad_enabled()
-        out: Any = _Tiled.apply(run, rows, layers_alone and recomputing, hidden_states, *mlp.parameters())
+        unread = unread_when_recomputed and is_checkpointing() and torch.is_grad_enabled()
+        out: Any = _Tiled.apply(run, rows, unread, hidden_states, *mlp.parameters())
         return out, None
 
     return forward
