@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from sparsek_megatron.core_attention import SparseKCoreAttention
     from sparsek_megatron.norm import Norm
     from sparsek_megatron.scoring import ScoringNetwork
-    from sparsek_megatron.specs import get_sparsek_block_spec, get_sparsek_layer_spec, sparsek_layer_spec
+    from sparsek_megatron.specs import (
+        get_sparsek_block_spec,
+        get_sparsek_layer_spec,
+        get_sparsek_mtp_block_spec,
+        sparsek_layer_spec,
+    )
 
 _HOME = {
     "SparseKConfig": "config",
@@ -25,6 +30,7 @@ _HOME = {
     "SparseKSelfAttention": "attention",
     "get_sparsek_block_spec": "specs",
     "get_sparsek_layer_spec": "specs",
+    "get_sparsek_mtp_block_spec": "specs",
     "sparsek_layer_spec": "specs",
 }
 
@@ -36,6 +42,7 @@ __all__ = [
     "SparseKSelfAttention",
     "get_sparsek_block_spec",
     "get_sparsek_layer_spec",
+    "get_sparsek_mtp_block_spec",
     "sparsek_layer_spec",
 ]
 

@@ -104,6 +104,20 @@ def check_context_parallel(config: TransformerConfig) -> None:
             )
 
 
+def check_every_layer_has_experts(config: TransformerConfig) -> None:
+    """Refuse a `moe_layer_freq` that leaves some layers dense, where one layer's spec is to serve them all.
+
+    Raises NotImplementedError naming the flag, its value and what to use.
+    """
+    frequency = config.moe_layer_freq
+    all_layers = frequency == 1 if isinstance(frequency, int) else all(frequency)
+    if config.num_moe_experts is not None and not all_layers:
+        raise NotImplementedError(
+            f"--moe-layer-freq {frequency}: one layer spec cannot have dense and MoE layers; use "
+            "get_sparsek_block_spec(config), which follows it"
+        )
+
+
 def check_training_arguments(args: object) -> None:
     """Refuse flags of Megatron-LM's training script that the model's configuration does not carry.
 

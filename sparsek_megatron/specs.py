@@ -6,6 +6,7 @@ so that whatever a version adds to a layer arrives unchanged.
 
     get_sparsek_layer_spec      one ModuleSpec for every layer
     get_sparsek_block_spec      the layers of this pipeline stage, MoE pattern and final norm included
+    get_sparsek_mtp_block_spec  the multi-token prediction layers behind them
     sparsek_layer_spec          an object for `--spec sparsek_megatron.specs sparsek_layer_spec`
     sparsek_spec                a function for loaders that call what `--spec` names
 
@@ -21,6 +22,7 @@ from typing import Any
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -36,6 +38,7 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 # Arguments of the stock spec functions whose field in the configuration has another name.
 CONFIG_FIELDS = {"num_experts": "num_moe_experts", "use_te_op_fuser": "use_transformer_engine_op_fuser"}
 LAYER_NORMS = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
+PREDICTION_NORMS = ("enorm", "hnorm", "layer_norm")
 
 
 def resolve_implementation(implementation: str | None, config: TransformerConfig | None = None) -> str:
@@ -167,6 +170,8 @@ def get_sparsek_layer_spec(
     local = resolve_implementation(transformer_impl, config) == "local"
     if config is not None:
         refuse.check_model_config(config)
+        if "num_experts" not in stock:
+            refuse.check_every_layer_has_experts(config)
         sparsek = sparsek or settings_from_environment()[0]
         dense_indices(sparsek, config.num_layers)
     layer = _stock_layer(config, local=local, **stock)
@@ -214,6 +219,35 @@ def get_sparsek_block_spec(
     ]
     norm: Any = Norm if local else block.layer_norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def get_sparsek_mtp_block_spec(
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules | ModuleSpec,
+    *,
+    transformer_impl: str | None = None,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Specs of this pipeline stage's multi-token prediction layers, for GPTModel's `mtp_block_spec`; None without any.
+
+    spec: the model's own, from `get_sparsek_block_spec` or `get_sparsek_layer_spec`, whose last layer these layers
+    contain. megatron-core's `get_gpt_mtp_block_spec`, with `sparsek_megatron.Norm` in the norm slots of the local
+    backend: the stock ones refuse sequence parallelism. transformer_impl and pp_rank as there.
+    """
+    local = resolve_implementation(transformer_impl, config) == "local"
+    block: Any = gpt_layer_specs.get_gpt_mtp_block_spec(
+        config, spec, use_transformer_engine=not local, vp_stage=vp_stage, pp_rank=pp_rank
+    )
+    if block is None or not local:
+        return block
+    layers = [
+        dataclasses.replace(
+            layer, submodules=dataclasses.replace(layer.submodules, **dict.fromkeys(PREDICTION_NORMS, Norm))
+        )
+        for layer in block.layer_specs
+    ]
+    return dataclasses.replace(block, layer_specs=layers)
 
 
 def sparsek_spec(*args: Any, vp_stage: int | None = None, **keywords: Any) -> TransformerBlockSubmodules:

@@ -28,7 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from worker import case
 
-from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
+from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec, get_sparsek_mtp_block_spec
 from sparsek_megatron.scoring import ScoringNetwork
 
 SPARSEK: dict[str, Any] = {"topk": 6, "window": 5, "stride": 4, "pool": 14, "reference_length": 64}
@@ -46,7 +46,8 @@ def run(
     with parallel(tp=tp):
         config = tiny_config(params_dtype=torch.float64, sequence_parallel=sequence_parallel, **model_changes)
         sparsek = SparseKConfig(**{**SPARSEK, **sparsek_changes})
-        model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=sparsek))
+        spec = get_sparsek_layer_spec(config, sparsek=sparsek)
+        model = build_gpt(config, spec, mtp_block_spec=get_sparsek_mtp_block_spec(config, spec))
         if weights is None:
             randomise(model)
             weights = full_weights(model)
@@ -94,6 +95,11 @@ def tp2() -> dict[str, float]:
 @case
 def tp2_sp() -> dict[str, float]:
     return parity(2, True)
+
+
+@case
+def tp2_sp_multi_token_prediction() -> dict[str, float]:
+    return parity(2, True, {"mtp_num_layers": 1})
 
 
 @case

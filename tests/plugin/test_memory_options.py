@@ -20,7 +20,12 @@ from mcore_harness import (
 )
 from megatron.core.transformer.mlp import MLP
 
-from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
+from sparsek_megatron import (
+    SparseKConfig,
+    get_sparsek_block_spec,
+    get_sparsek_layer_spec,
+    get_sparsek_mtp_block_spec,
+)
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.memory.checkpoint_offload import CheckpointOffload
 
@@ -57,6 +62,24 @@ def test_gradients_are_those_of_the_ordinary_model(ordinary, recompute, layers, 
     for _ in range(2):
         errors = relative_errors(loss_and_gradients(model, batch())[1], want)
         assert max(errors.values()) < 1e-12, errors
+
+
+def test_tiles_of_multi_token_prediction_layers_are_computed_again_in_their_recompute(megatron: None) -> None:
+    """There the norm behind the MLP is recomputed with it, and reads its output."""
+
+    def gradients(*, tile: int | None = None, **recompute: Any) -> dict[str, torch.Tensor]:
+        config = tiny_config(mtp_num_layers=1, params_dtype=torch.float64, **recompute)
+        torch.manual_seed(1)
+        spec = get_sparsek_block_spec(config, sparsek=SPARSEK)
+        prediction = get_sparsek_mtp_block_spec(config, spec)
+        model = build_gpt(config, spec, mtp_block_spec=prediction)
+        randomise(model)
+        if tile:
+            use_tiled_mlp(model, tile_tokens=tile)
+        return loss_and_gradients(model, batch())[1]
+
+    errors = relative_errors(gradients(tile=24, **FULL), gradients())
+    assert max(errors.values()) < 1e-12, errors
 
 
 def test_offload_takes_the_first_layers_inputs_and_uses_its_buffers_again(ordinary, monkeypatch) -> None:

@@ -11,7 +11,6 @@ import te_stubs
 import torch
 from mcore_harness import batch, build_gpt, randomise, relative_errors, tiny_config
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
@@ -27,6 +26,7 @@ from sparsek_megatron import (
     environment,
     get_sparsek_block_spec,
     get_sparsek_layer_spec,
+    get_sparsek_mtp_block_spec,
     report,
 )
 from sparsek_megatron.layer_pattern import dense_indices
@@ -144,6 +144,29 @@ def test_every_norm_of_a_local_model_is_ours_and_shards_along_the_sequence() -> 
         assert all(type(norm) is Norm and norm.reduce_weight_gradient for norm in norms)
 
 
+def test_norms_of_prediction_layers_are_ours_where_the_stock_ones_refuse_sequence_parallelism() -> None:
+    """WrappedTorchNorm asserts against the setting whatever the size of the group, so one rank shows it."""
+    config = tiny_config(mtp_num_layers=1, sequence_parallel=True, tensor_model_parallel_size=2)
+    config.tensor_model_parallel_size = 1
+    spec = get_sparsek_block_spec(config, sparsek=SPARSEK)
+    model = build_gpt(config, spec, mtp_block_spec=get_sparsek_mtp_block_spec(config, spec))
+    layer = model.mtp.layers[0]
+    assert all(type(norm) is Norm for norm in (layer.enorm, layer.hnorm, layer.final_layernorm))
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert get_sparsek_mtp_block_spec(tiny_config(), spec) is None
+
+
+def test_one_layer_spec_refuses_a_model_of_dense_and_expert_layers() -> None:
+    for frequency in (2, [0, 1]):
+        config = tiny_config(num_moe_experts=2, moe_layer_freq=frequency)
+        with pytest.raises(NotImplementedError, match=r"--moe-layer-freq .*get_sparsek_block_spec"):
+            get_sparsek_layer_spec(config, sparsek=SPARSEK)
+    config = tiny_config(num_moe_experts=2, moe_layer_freq=[1, 1])
+    get_sparsek_layer_spec(config, sparsek=SPARSEK)
+    get_sparsek_layer_spec(tiny_config(moe_layer_freq=2), sparsek=SPARSEK)
+
+
 def test_a_stock_model_beside_ours_keeps_its_own_final_norm() -> None:
     """The final norm travels in our specs' metainfo; importing this package changes no other model."""
     config = tiny_config()
@@ -207,7 +230,7 @@ def test_multi_token_prediction_follows_the_last_layer() -> None:
     for dense_layers, sparse in (((0,), True), ((-1,), False)):
         sparsek = SparseKConfig(topk=4, window=4, stride=4, dense_layers=dense_layers)
         block = get_sparsek_block_spec(config, sparsek=sparsek)
-        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+        mtp = get_sparsek_mtp_block_spec(config, block)
         model = build_gpt(config, block, mtp_block_spec=mtp)
         layer = model.mtp.layers[0]
         inner = getattr(layer, "transformer_layer", None) or layer.mtp_model_layer
