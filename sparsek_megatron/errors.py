@@ -52,7 +52,7 @@ def write_whole_lines() -> None:
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
     """What every program runs in: a `UserError`, or a full or unwritable disk, becomes one line on stderr and exit
-    code 2, Ctrl-C ends it quietly, and lines are written whole.
+    code 2, lines are written whole, and Ctrl-C, or a reader of the output that has gone (`| head`), ends it quietly.
 
     Under a launcher rank 0 says what every rank sees, and a rank that raises `RankError` speaks for the run. Any
     other exception keeps its traceback: that one is a defect of the program.
@@ -60,6 +60,9 @@ def report_user_errors() -> Iterator[None]:
     write_whole_lines()
     try:
         yield
+    except BrokenPipeError:
+        _forget_unread_output()
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as err:
         message = describe_os_error(err)
         if message is None:
@@ -69,6 +72,15 @@ def report_user_errors() -> Iterator[None]:
         _report(str(err), everywhere=isinstance(err, RankError))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _forget_unread_output() -> None:
+    """Let what nobody reads any more go nowhere: Python would complain when it writes the rest at the end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report(message: str, *, everywhere: bool = False) -> NoReturn:

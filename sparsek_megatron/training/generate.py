@@ -126,27 +126,36 @@ def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[tuple[str
     """(where it came from, its text) of each prompt: the texts, then the files; standard input where neither is given.
 
     Raises:
-        UserError: a file that cannot be read as UTF-8 text, or no prompt at all.
+        UserError: a prompt that is not UTF-8 text, a file that cannot be read, or no prompt at all.
     """
-    found = [("--prompt", text) for text in prompts]
     if not prompts and not files:
-        if _STDIN_COPY not in os.environ and sys.stdin.isatty():
+        if _STDIN_COPY not in os.environ and (sys.stdin is None or sys.stdin.isatty()):
             raise UserError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
         files = ["-"]
-    for name in files:
-        source = f"--prompt-file {name}"
+    contents = [("--prompt", text.encode("utf-8", "surrogateescape")) for text in prompts]
+    contents += [(f"--prompt-file {name}", _content(name)) for name in files]
+    found = []
+    for source, content in contents:
         try:
-            if name == "-":
-                copy = os.environ.get(_STDIN_COPY)
-                content = Path(copy).read_bytes() if copy else sys.stdin.buffer.read()
-            else:
-                content = Path(name).read_bytes()
             found.append((source, content.decode("utf-8")))
-        except OSError as err:
-            raise UserError(f"{source}: cannot be read ({os.strerror(err.errno or 0)})") from None
         except UnicodeDecodeError as err:
             raise UserError(f"{source}: not UTF-8 text (byte {err.start}); convert it") from None
     return found
+
+
+def _content(name: str) -> bytes:
+    """A prompt file; - is standard input."""
+    copy = os.environ.get(_STDIN_COPY)
+    try:
+        if name != "-":
+            return Path(name).read_bytes()
+        if copy:
+            return Path(copy).read_bytes()
+        if sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed; give a file or --prompt TEXT")
+        return sys.stdin.buffer.read()
+    except OSError as err:
+        raise UserError(f"--prompt-file {name}: cannot be read ({os.strerror(err.errno or 0)})") from None
 
 
 def _launch_with_input(program: str, argv: Sequence[str], size: int, texts: list[tuple[str, str]]) -> None:

@@ -90,8 +90,7 @@ class _Printer:
             self._print(f"--- prompt {row + 1} of {len(self._parts)}\n{''.join(self._parts[row])}\n")
 
     def _print(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
 
 
 def summary(made: Generated, cache_bytes: int) -> str:

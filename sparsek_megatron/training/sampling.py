@@ -38,6 +38,8 @@ class Sampling:
             raise UserError(f"--top-k {self.top_k}: must be at least 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^63")
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One generator per row."""

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +249,18 @@ def test_a_line_leaves_in_one_write_whatever_the_buffering():
     os.close(into)
     assert [os.read(out, 4096) for _ in range(3)] == [b"step 8\n", b"warning: old\n", b""]
     os.close(out)
+
+
+def test_a_reader_that_goes_ends_the_program_quietly():
+    code = (
+        "from sparsek_megatron.errors import report_user_errors\n"
+        "with report_user_errors():\n"
+        "    while True:\n"
+        "        print('a word', end=' ')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(3) == b"a w"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE

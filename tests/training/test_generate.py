@@ -249,8 +249,12 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}]
-)
+    "bad",
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"seed": -1},
+        {"seed": 2**63},
+    ],
+)  # fmt: skip
 def test_sampling_out_of_range_is_named(bad):
     name = next(iter(bad)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{name} .*: must be"):
@@ -330,6 +334,13 @@ def test_prompts_come_from_flags_files_and_standard_input(tmp_path, monkeypatch)
     file.write_bytes(b"ab\xff")
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 2\)"):
         read_prompts([], [str(file)])
+    with pytest.raises(UserError, match=r"--prompt: not UTF-8 text \(byte 2\)"):
+        read_prompts([os.fsdecode(b"ab\xff")], [])
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of a closed one
+    with pytest.raises(UserError, match="no prompt: give --prompt"):
+        read_prompts([], [])
+    with pytest.raises(UserError, match="standard input is closed"):
+        read_prompts([], ["-"])
 
 
 def run_apart(*arguments):
