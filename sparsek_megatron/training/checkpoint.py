@@ -21,12 +21,14 @@ from megatron.core import parallel_state
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import fsync_path
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.engine import hyperparameters, set_hyperparameters
 from sparsek_megatron.training.manifest import check_contents, check_sizes, read_manifest, record_of
 from sparsek_megatron.training.parallel import Machine
 from sparsek_megatron.training.rng import restore_rng, rng_states
 from sparsek_megatron.training.run_folder import (
     DERIVED,
     LATEST,
+    RUN,
     candidates,
     checkpoint_name,
     read_run,
@@ -71,7 +73,7 @@ class Checkpoints:
         states = rng_states(on_gpu=self._machine.on_gpu)
         files[_rng_file(self._machine.rank)] = self._snapshots.take("rng", states)
         if self._machine.is_first:
-            self._write_settings(folder / "run.json", step)
+            self._write_settings(folder / RUN, step)
         self._writer.begin(step, files, ready=self._snapshots.wait)
         return time.perf_counter() - begun
 
@@ -130,25 +132,30 @@ def choose(folder: Path, machine: Machine) -> int | None:
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
     """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout that
-    it was saved in, RNG states too.
+    it was saved in, RNG states too. Weight decay and what else this run's settings say about the optimizer stay.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.
     """
     folder = Path(config.load or "")
     path = folder / checkpoint_name(step)
-    engine.checkpoint_engine = _LoadingEngine()
+    own = hyperparameters(engine)
     with _readable(folder, step):
-        if not same_layout(config, machine.world_size, read_run(folder, step)):
+        if same_layout(config, machine.world_size, read_run(folder, step)):
+            _load_as_saved(engine, path, machine)
+        else:
             from sparsek_megatron.training.reshard import load_resharded
 
             load_resharded(engine, path, load_file=safe_load)
-            return
-        loaded, _ = engine.load_checkpoint(str(folder), tag=path.name, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise FileNotFoundError("incomplete")
-        states = safe_load(path / _rng_file(machine.rank))
-    restore_rng(states, on_gpu=machine.on_gpu)
+    set_hyperparameters(engine, own)
+
+
+def _load_as_saved(engine: Any, path: Path, machine: Machine) -> None:
+    engine.checkpoint_engine = _LoadingEngine()
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise FileNotFoundError("incomplete")
+    restore_rng(safe_load(path / _rng_file(machine.rank)), on_gpu=machine.on_gpu)
 
 
 def load_model(model: torch.nn.Module, folder: Path, *, step: int) -> None:

@@ -101,6 +101,20 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     return engine, name
 
 
+HYPERPARAMETERS = ("weight_decay", "betas", "eps", "lr_mult")
+
+
+def hyperparameters(engine: Any) -> list[dict[str, Any]]:
+    """Each optimizer group's `HYPERPARAMETERS`. A group holds more: its learning rate, with Apex its step too."""
+    return [{name: group[name] for name in HYPERPARAMETERS} for group in engine.optimizer.param_groups]
+
+
+def set_hyperparameters(engine: Any, values: list[dict[str, Any]]) -> None:
+    """Set what `hyperparameters` returned; DeepSpeed's wrappers show the groups of the optimizer that they wrap."""
+    for group, own in zip(engine.optimizer.param_groups, values, strict=True):
+        group.update(own)
+
+
 def set_learning_rate(engine: Any, value: float) -> None:
     """Set this step's learning rate in every group, times the group's multiplier."""
     for group in engine.optimizer.param_groups:

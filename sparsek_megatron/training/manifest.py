@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,12 +66,18 @@ def check_sizes(folder: Path) -> str | None:
     return None
 
 
-def check_contents(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with every `shares`-th file from number `share` on, by checksum; None if nothing.
+def check_contents(
+    folder: Path, *, names: Collection[str] | None = None, share: int = 0, shares: int = 1
+) -> str | None:
+    """What is wrong with files by checksum, None if nothing; call `check_sizes` first.
 
-    The ranks of a run take a share each. Call `check_sizes` first.
+    names: the files to look at, by default all. Of these every `shares`-th from number `share` on: the ranks of a run
+    take a share each.
     """
-    for name, record in sorted(read_manifest(folder).items())[share::shares]:
+    records = read_manifest(folder)
+    looked_at = sorted(records if names is None else records.keys() & set(names))
+    for name in looked_at[share::shares]:
+        record = records[name]
         try:
             found = record_of(folder / name)
         except OSError as err:

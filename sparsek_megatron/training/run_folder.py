@@ -16,9 +16,10 @@ from typing import Any
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
-from sparsek_megatron.training.manifest import check_sizes
+from sparsek_megatron.training.manifest import check_contents, check_sizes
 
 LATEST = "latest"
+RUN = "run.json"
 NAME = re.compile(r"step_(\d{8})")
 
 ARCHITECTURE = (
@@ -28,11 +29,13 @@ ARCHITECTURE = (
 )  # fmt: skip
 LAYOUT = ("tensor_model_parallel_size", "zero_stage")
 RESHARDABLE = (1, 2)
-# Changing one of these keeps training but not the trajectory: worth a line, not a refusal.
+# Changing one of these keeps training but not the trajectory, or what it is measured by: worth a line, not a refusal.
 TRAJECTORY = (
     "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr", "min_lr", "lr_decay_style",
-    "lr_decay_iters", "lr_warmup_iters", "weight_decay", "clip_grad", "seed", "data_path", "train_data_path", "split",
+    "lr_decay_iters", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps",
+    "sparsek_lr_mult", "seed", "data_path", "train_data_path", "split",
 )  # fmt: skip
+VALIDATION = ("valid_data_path", "eval_iters")
 DERIVED = {
     "mlp_width": "--ffn-hidden-size", "query_groups": "--num-query-groups", "head_dim": "--kv-channels"
 }  # fmt: skip
@@ -68,16 +71,17 @@ def candidates(folder: str | Path) -> tuple[list[int], str | None]:
 
 
 def newest_complete(folder: str | Path) -> tuple[int | None, list[str]]:
-    """(step of the newest checkpoint that is complete as far as file sizes tell, None where there is none; what is
-    wrong with those passed over, in words).
+    """(step of the newest checkpoint that is complete as far as file sizes tell, its settings by checksum too; None
+    where there is none; what is wrong with those passed over, in words).
     """
     steps, problem = candidates(folder)
     problems = [problem] if problem else []
     for step in steps:
-        problem = check_sizes(Path(folder) / checkpoint_name(step))
+        path = Path(folder) / checkpoint_name(step)
+        problem = check_sizes(path) or check_contents(path, names=(RUN,))
         if problem is None:
             return step, problems
-        problems.append(f"{Path(folder) / checkpoint_name(step)}: {problem}")
+        problems.append(f"{path}: {problem}")
     return None, problems
 
 
@@ -184,20 +188,22 @@ def _require_same_vocabulary(config: TrainingConfig, saved: dict[str, Any], voca
 
 
 def changed_settings(config: TrainingConfig, step: int) -> list[str]:
-    """Lines about settings that differ from the checkpoint's and move the rest of the trajectory."""
+    """Lines about settings that differ from the checkpoint's and change the rest of the run's curves."""
     saved = read_run(config.load or "", step)["settings"]
+    consequences = dict.fromkeys(TRAJECTORY, "the run continues on another trajectory")
+    consequences |= dict.fromkeys(VALIDATION, "validation losses from here on are those of other data")
     lines = []
-    for name in TRAJECTORY:
+    for name, consequence in consequences.items():
         here = getattr(config, name)
-        there = saved[name]
-        if (list(here) if isinstance(here, tuple) else here) != there:
-            lines.append(f"note: {flag_of(name)} was {there}, now {here}: the run continues on another trajectory")
+        here = list(here) if isinstance(here, tuple) else here
+        if here != saved[name]:
+            lines.append(f"note: {flag_of(name)} was {saved[name]}, now {here}: {consequence}")
     return lines
 
 
 def read_run(folder: str | Path, step: int) -> dict[str, Any]:
     """`run.json` of a checkpoint."""
-    path = Path(folder) / checkpoint_name(step) / "run.json"
+    path = Path(folder) / checkpoint_name(step) / RUN
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ from scenarios import full_disk, nan_rank
 
 from sparsek_megatron.training.run_folder import candidates
 
-DAMAGES = ("bit flip", "truncation", "missing file", "damaged latest")
+DAMAGES = ("bit flip", "bit flip in the settings", "truncation", "missing file", "damaged latest")
 STEPS_PER_LIFE = 5  # at most: the run must not end before its lives do
 
 

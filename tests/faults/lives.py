@@ -14,7 +14,7 @@ from programs import REPOSITORY, Prepared, environment, kill_all
 
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import METRICS, read_metrics
-from sparsek_megatron.training.run_folder import candidates, checkpoint_name, newest_complete
+from sparsek_megatron.training.run_folder import RUN, candidates, checkpoint_name, newest_complete
 from sparsek_megatron.training.watchdog import EXIT_HANG
 
 LAYOUT = "--nproc-per-node 2 --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1"
@@ -160,9 +160,11 @@ class Campaign:
         intact = [name for name in names if check_sizes(self.save / name) is None]
         require(len(intact) >= 2, "not enough checkpoints to damage one")
         file = self.random.choice([path for path in sorted(newest.iterdir()) if path.suffix in (".pt", ".json")])
+        if kind == "bit flip in the settings":
+            file = newest / RUN
         content = bytearray(file.read_bytes())
         expected = int(names[-2][5:])
-        if kind == "bit flip":
+        if kind.startswith("bit flip"):
             position = self.random.randrange(8 * len(content))
             content[position // 8] ^= 1 << position % 8
             file.write_bytes(content)

@@ -27,9 +27,9 @@ from sparsek_megatron.data.datasets import build_datasets
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import write_whole_lines
 from sparsek_megatron.training import parallel
-from sparsek_megatron.training.arguments import parse
+from sparsek_megatron.training.arguments import TrainingConfig, parse
 from sparsek_megatron.training.checkpoint import load
-from sparsek_megatron.training.engine import build_engine
+from sparsek_megatron.training.engine import build_engine, hyperparameters
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.schedule import learning_rate
@@ -41,6 +41,11 @@ sys.path += [str(TESTS), str(TESTS / "distributed"), str(TESTS / "plugin")]
 from cuda_to_cpu import cuda_to_cpu  # noqa: E402
 from forked_ranks import run_ranks  # noqa: E402
 from gloo_device import share_gloo_device  # noqa: E402
+
+CHANGED = [
+    "--weight-decay", "0.3", "--adam-beta1", "0.8", "--adam-beta2", "0.9", "--adam-eps", "1e-6",
+    "--sparsek-lr-mult", "2",
+]  # fmt: skip
 
 
 class Recorder:
@@ -68,7 +73,8 @@ def trajectory(
     """Losses and gradient norms of a run, and whether the weights that tensor-parallel ranks share are bitwise equal.
 
     With `resume_at`, the engine is rebuilt from that checkpoint midway; `start_at` is a checkpoint of --load that the
-    run starts from; `dump` is a file for the state that it starts from.
+    run starts from; `dump` is a file for the state that it starts from. After either, "hyperparameters" are those of
+    the optimizer's groups once the checkpoint is loaded by a run with the flags `CHANGED`.
     """
     config, _ = parse(argv)
     machine = parallel.initialize(config)
@@ -80,9 +86,13 @@ def trajectory(
         valid_samples=config.eval_iters * config.global_batch_size, seed=config.seed, cache=Path(config.save),
     )  # fmt: skip
 
-    def trainer() -> Trainer:
+    def engine_of(config: TrainingConfig) -> Any:
         torch.manual_seed(config.seed)
         engine, _ = build_engine(config, build_model(config, tokenizer.vocab_size, on_gpu=False), machine)
+        return engine
+
+    def trainer() -> Trainer:
+        engine = engine_of(config)
         return Trainer(
             config, engine, machine, train_set=train_set, valid_set=valid_set, tokenizer_sha256=tokenizer.sha256,
             report=recorder,
@@ -100,8 +110,14 @@ def trajectory(
         again = trainer()
         load(again.engine, config, machine, step=resume_at)
         again.train(resume_at)
+    groups = None
+    if saved := resume_at or start_at:
+        changed, _ = parse([*argv, *CHANGED])
+        engine = engine_of(changed)
+        load(engine, changed, machine, step=saved)
+        groups = hyperparameters(engine)
     parallel.shutdown()
-    return {"records": recorder.records, "shared_weights_are_equal": shared}
+    return {"records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups}
 
 
 def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:

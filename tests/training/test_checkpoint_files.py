@@ -28,6 +28,7 @@ def write(root, *steps: int, keep_last_n: int = 0, state=None) -> CheckpointWrit
     each = writer(root, keep_last_n)
     for step in steps:
         each.folder(step).mkdir()
+        (each.folder(step) / "run.json").write_text(f'{{"step": {step}}}')
         files = {"a.pt": {"step": step, "weights": torch.arange(1000)} if state is None else state}
         each.begin(step, files, ready=lambda: None)
         each.finish()
@@ -48,10 +49,11 @@ def test_a_checkpoint_is_whole_and_named_by_latest(tmp_path):
     assert latest_step(tmp_path) == 3
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "remove", "manifest"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "remove", "manifest", "settings"])
 def test_every_kind_of_damage_is_found_and_the_one_before_used(tmp_path, harm, capsys):
     write(tmp_path, 3, 6)
-    file = tmp_path / "step_00000006" / ("manifest.json" if harm == "manifest" else "a.pt")
+    names = {"manifest": "manifest.json", "settings": "run.json"}
+    file = tmp_path / "step_00000006" / names.get(harm, "a.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     if harm == "remove":
@@ -61,7 +63,7 @@ def test_every_kind_of_damage_is_found_and_the_one_before_used(tmp_path, harm, c
         file.write_bytes(changed.get(harm, content))
     problem = check_sizes(file.parent) or check_contents(file.parent)
     assert problem is not None and file.name in problem
-    if harm != "flip":  # sizes do not tell
+    if harm != "flip":  # sizes do not tell; the settings are looked at before all else is read
         assert newest_complete(tmp_path)[0] == 3
         assert latest_step(tmp_path) == 3 and "it is passed over" in capsys.readouterr().err
 
@@ -164,5 +166,5 @@ def test_shards_move_between_tensor_parallel_sizes(dim, stride, before, after):
 def test_the_manifest_is_json_with_sizes_and_checksums(tmp_path):
     write(tmp_path, 3)
     files = json.loads((tmp_path / "step_00000003" / "manifest.json").read_text())["files"]
-    assert set(files) == {"a.pt"} and len(files["a.pt"]["sha256"]) == 64
+    assert set(files) == {"a.pt", "run.json"} and len(files["a.pt"]["sha256"]) == 64
     assert files["a.pt"]["bytes"] == (tmp_path / "step_00000003" / "a.pt").stat().st_size

@@ -108,6 +108,14 @@ def test_every_zero_stage_resumes_bitwise(results, stage):
     assert straight[-len(resumed) :] == resumed
 
 
+@pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "one_to_dp2", "one_to_sp", "sp_to_one"])
+def test_the_flags_of_the_run_that_resumes_hold_and_not_the_checkpoints(results, layout):
+    flags = {"betas": [0.8, 0.9], "eps": 1e-6}
+    kinds = [(0.0, 1.0), (0.0, 2.0), (0.3, 1.0), (0.3, 2.0)]  # norms, slopes, weights, the scorer's weights
+    wanted = [flags | {"weight_decay": decay, "lr_mult": rate} for decay, rate in kinds]
+    assert results[layout]["hyperparameters"] == wanted
+
+
 def whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
     """A parameter from its shards, by what Megatron's layers compute with them."""
     parameter = name.split(":")[0]

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from programs import Prepared, finish, run, start
 
+from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import read_metrics
+from sparsek_megatron.training.run_folder import changed_settings
 
 PARALLEL = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
@@ -142,6 +144,16 @@ def test_text_is_generated_from_the_checkpoint(uninterrupted):
     assert "\nimport " in sample and len(sample.split("\nimport ")[1]) > 1
     said = run("generate.py", *flags, "--max-new-tokens", "80", code=2)
     assert said.startswith("error: --max-new-tokens 80") and said.count("\n") == 1
+
+
+def test_settings_that_change_the_curves_are_named_on_resuming(prepared, uninterrupted):
+    same = [*prepared.flags(uninterrupted), "--load", str(uninterrupted)]
+    assert changed_settings(parse(same)[0], 8) == []
+    for flag, value in (("--adam-eps", "1e-06"), ("--sparsek-lr-mult", "2.0"), ("--weight-decay", "0.3")):
+        (line,) = changed_settings(parse([*same, flag, value])[0], 8)
+        assert line.startswith(f"note: {flag} was ") and f"now {value}: the run continues on another" in line
+    (line,) = changed_settings(parse([*same, "--valid-data-path", prepared.train])[0], 8)
+    assert line.startswith("note: --valid-data-path was ") and "validation losses from here on" in line
 
 
 def test_settings_are_stored_with_the_checkpoint(uninterrupted):
