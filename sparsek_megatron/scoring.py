@@ -114,11 +114,15 @@ class ScoringNetwork(MegatronModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load, and say so where the saved model has another L_ref than this configuration."""
+        """Load, and say so where the saved model has another L_ref than this configuration.
+
+        The buffer cannot tell: `dist_checkpointing.load` has filled it with the saved value by now.
+        """
         saved = state_dict.get(f"{prefix}reference_length")
-        if saved is not None and int(saved) != int(self.reference_length):
+        configured = reference_length(self.config, self.sparsek)
+        if saved is not None and int(saved) != configured:
             warnings.warn(
-                f"reference_length={int(self.reference_length)} in the configuration, {int(saved)} in the "
+                f"reference_length={configured} in the configuration, {int(saved)} in the "
                 "checkpoint: the checkpoint's is kept, since the slopes were trained with it",
                 stacklevel=2,
             )
