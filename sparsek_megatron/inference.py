@@ -120,6 +120,9 @@ def cache_rows(
 def _layer_cache(context: StaticInferenceContext, attention: Any, sparsek: SparseKConfig) -> SparseKCache:
     """This layer's cache of all rows: the one in the context, or a new one."""
     caches, number = layer_caches(context), attention.layer_number
+    weight = (
+        attention.scorer.weight
+    )  # a model may have been converted since: its dtype is not the configuration's
     settings = {
         "batch_size": context.max_batch_size,
         "num_kv_heads": attention.num_query_groups_per_partition,
@@ -130,13 +133,12 @@ def _layer_cache(context: StaticInferenceContext, attention: Any, sparsek: Spars
         "pool": sparsek.pool,
         "gate": sparsek.gate,
         "softmax_scale": attention.core_attention.softmax_scale,
-        "dtype": attention.config.params_dtype,
+        "dtype": weight.dtype,
     }
-    device = attention.scorer.weight.device
     if number not in caches:
-        caches[number] = SparseKCache(**settings, device=device, backend=sparsek.backend)
+        caches[number] = SparseKCache(**settings, device=weight.device, backend=sparsek.backend)
     cache = caches[number]
-    for name, wanted in (*settings.items(), ("device", device)):
+    for name, wanted in (*settings.items(), ("device", weight.device)):
         found = cache.device if name == "device" else getattr(cache.settings, name)
         if found != wanted:
             raise ValueError(

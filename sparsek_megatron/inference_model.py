@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from sparsek_megatron import compat
@@ -20,7 +21,8 @@ EAGER_STEPS = 2  # steps before the capture: they compile kernels and let librar
 class ModelDecoder:
     """Logits of the next token of `batch_size` sequences, with memory that does not depend on their lengths.
 
-    model                megatron-core's GPTModel (this rank's tensor-parallel shard) with SparseK layers
+    model                megatron-core's GPTModel (this rank's tensor-parallel shard) with SparseK layers, wrapped for
+                         training (`Float16Module`, DDP) or not
     batch_size           sequences
     max_sequence_length  tokens that a row may come to hold; RoPE tables and learned positions reach this far
     prefill_tokens       tokens (over all rows) of one forward of a prompt: bounds the activations
@@ -46,7 +48,8 @@ class ModelDecoder:
                 "generation shards heads only: build the model with sequence_parallel=False and "
                 "pipeline_model_parallel_size=1; the weights are the same"
             )
-        learned = getattr(getattr(model, "embedding", None), "position_embeddings", None)
+        gpt: Any = unwrap_model(model)
+        learned = getattr(gpt.embedding, "position_embeddings", None)
         if learned is not None and max_sequence_length > learned.num_embeddings:
             raise ValueError(
                 f"max_sequence_length={max_sequence_length}: the model has learned positions for "

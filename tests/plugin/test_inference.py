@@ -6,6 +6,7 @@ import static_engine
 import torch
 from mcore_harness import batch, build_gpt, parallel, tiny_config
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.module import Float16Module
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.inference import SparseKInferenceContext, cache_bytes, layer_caches
@@ -151,13 +152,23 @@ def test_the_caches_of_another_model_are_refused_and_stay_usable(change, message
     assert torch.equal(torch.cat([first, forward(gpt, tokens[:, 21:], context, 21)], dim=1), expected)
 
 
+def test_a_model_converted_to_bfloat16_gets_caches_of_its_weights_dtype():
+    """Megatron's Float16Module converts a model whose params_dtype may have stayed fp32."""
+    converted = Float16Module(tiny_config(bf16=True), model()).eval()
+    tokens, positions, _ = batch(40)
+    decoder = ModelDecoder(converted, batch_size=2, max_sequence_length=40)
+    logits = [decoder.prefill(tokens[:, :30].tolist()), *(decoder.step(tokens[:, i]) for i in range(30, 40))]
+    assert all(cache.settings.dtype == torch.bfloat16 for cache in layer_caches(decoder.context).values())
+    whole = converted(tokens, positions, None)[:, 29:]
+    assert (torch.stack(logits, dim=1) - whole).abs().max() < 0.05
+
+
 def test_learned_positions_end_where_the_model_says():
     config = tiny_config()
     spec = get_sparsek_layer_spec(config, sparsek=SparseKConfig(topk=4, window=6, stride=8))
     gpt = build_gpt(config, spec, position_embedding_type="learned_absolute", max_sequence_length=40).eval()
-    with pytest.raises(
-        ValueError, match="max_sequence_length=41: the model has learned positions for 40 tokens"
-    ):
+    refused = "max_sequence_length=41: the model has learned positions for 40 tokens"
+    with pytest.raises(ValueError, match=refused):
         ModelDecoder(gpt, batch_size=2, max_sequence_length=41)
     tokens, positions, _ = batch(40)
     whole = gpt(tokens, positions, None)
@@ -166,6 +177,8 @@ def test_learned_positions_end_where_the_model_says():
     assert (torch.stack(logits, dim=1) - whole[:, 29:]).abs().max() < 1e-5
     with pytest.raises(ValueError, match="a row already holds max_sequence_length=40 tokens"):
         decoder.step(tokens[:, 0])
+    with pytest.raises(ValueError, match=refused):
+        ModelDecoder(Float16Module(tiny_config(bf16=True), gpt), batch_size=2, max_sequence_length=41)
 
 
 def test_models_with_dense_layers_step_rows_of_one_length_only():
