@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import __version__ as megatron_version
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import DataLoader, Dataset
 
 from sparsek_megatron.data.card import read_card, unigram_entropy
+from sparsek_megatron.data.index_cache import complete_cache
 from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
@@ -52,7 +54,8 @@ def build_datasets(
     Validation is None where `valid_samples` is 0.
 
     Raises:
-        UserError: the data is too short for one sample, or a blend without weights is too short for the run.
+        UserError: the data is too short for one sample, a blend without weights is too short for the run, or the index
+            cache cannot be written.
     """
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     if paths.blend:
@@ -61,20 +64,28 @@ def build_datasets(
         train = parse_blend(paths.train)
         valid = parse_blend(paths.valid) if paths.valid else None
         sources = {"blend_per_split": [train, valid, None]}
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        path_to_cache=str(cache),
-        **sources,
-    )
-    _require_one_sample(paths, sequence_length)
     sizes = [train_samples, valid_samples, 0]
-    train_set, valid_set, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    settings = {
+        **sources, "sizes": sizes, "sequence_length": sequence_length, "seed": seed, "tokenizer": tokenizer.sha256,
+        "megatron-core": megatron_version,
+    }  # fmt: skip
+
+    def build(folder: Path) -> list[Any]:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            path_to_cache=str(folder),
+            **sources,
+        )
+        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+
+    _require_one_sample(paths, sequence_length)
+    train_set, valid_set, _ = build(complete_cache(cache, paths.prefixes(), settings, build))
     for flag, dataset, needed in (("train", train_set, train_samples), ("valid", valid_set, valid_samples)):
         if needed and (dataset is None or len(dataset) < needed):
             have = 0 if dataset is None else len(dataset)

@@ -59,6 +59,46 @@ def test_the_order_depends_on_the_seed_alone(prepared, tmp_path):
     assert first == again != other
 
 
+def copy(source: str, prefix: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefix}{suffix}").write_bytes(Path(source + suffix).read_bytes())
+
+
+def test_data_prepared_again_under_its_name_gets_an_index_of_its_own(prepared, tmp_path):
+    paths = DataPaths(train=(str(tmp_path / "data"),), valid=(prepared.valid,))
+    lengths = []
+    for source in (prepared.train, prepared.valid, prepared.train):
+        copy(source, tmp_path / "data")
+        train, _ = build(prepared, tmp_path / "cache", paths)
+        fresh, _ = build(prepared, tmp_path / f"cache of its own {len(lengths)}", paths)
+        assert [train[i]["tokens"].tolist() for i in range(40)] == [fresh[i]["tokens"].tolist() for i in range(40)]
+        lengths.append(len(train))
+    assert lengths[0] == lengths[2] != lengths[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_disk_that_fills_leaves_no_half_index(prepared, tmp_path, monkeypatch):
+    paths = DataPaths(train=("0.7", prepared.train, "0.3", prepared.valid), valid=(prepared.valid,))
+    whole, written = np.save, []
+
+    def save(path, *arguments, **options):
+        if len(written) == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError("1000 requested and 4 written")  # what NumPy says then, without an error number
+        whole(path, *arguments, **options)
+        written.append(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", save)
+        with pytest.raises(UserError, match=r"--data-cache-path .*/cache: .* cannot be written there \(1000 req"):
+            build(prepared, tmp_path / "cache", paths)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(build(prepared, tmp_path / "cache", paths)[0]) >= 40
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written there \(Not a directory"):
+        build(prepared, tmp_path / "file", paths)
+
+
 def test_blends_and_splits_of_one_dataset(prepared, tmp_path):
     train, valid = build(prepared, tmp_path, DataPaths(blend=(prepared.train,), split="90,10,0"))
     assert len(train) >= 40 and len(valid) >= 4
@@ -110,8 +150,7 @@ def test_batches_are_stacked_samples(prepared, tmp_path):
 def test_entropy_with_and_without_a_card(prepared, tmp_path):
     size = SentencePieceTokenizer.load(prepared.tokenizer).vocab_size
     bare = tmp_path / "bare"
-    for suffix in (".bin", ".idx"):
-        Path(f"{bare}{suffix}").write_bytes(Path(prepared.valid + suffix).read_bytes())
+    copy(prepared.valid, bare)
     with_card = validation_entropy(DataPaths(train=(prepared.train,), valid=(prepared.valid,)), size)
     without = validation_entropy(DataPaths(train=(prepared.train,), valid=(str(bare),)), size)
     assert without == pytest.approx(with_card, abs=1e-12)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of mcore's index cache: named by what its indices are made of, and there only when it is complete.
+
+mcore names an index by the path of its data, not by the data, and writes it in place: it would read the index of other
+data prepared under the same prefix, and the half of one whose writing was interrupted.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsek_megatron.errors import UserError
+from sparsek_megatron.files import fsync_path, publish
+
+
+def complete_cache(
+    cache: Path, prefixes: Sequence[str], settings: Mapping[str, Any], build: Callable[[Path], object]
+) -> Path:
+    """The folder below `cache` that holds the indices of the datasets at `prefixes`, made first where it is not there.
+
+    Call it on every rank. Indices depend on the documents' lengths (the `.idx` files) and on `settings`, which can be
+    written as JSON. `build(folder)` makes the datasets with `folder` as mcore's `path_to_cache`, on every rank.
+
+    Raises:
+        UserError: the cache cannot be written. Nothing half-written is left.
+    """
+    is_first = dist.get_rank() == 0
+    plan: list[Any] = [None]
+    if is_first:
+        folder = cache / _digest(prefixes, settings)
+        partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+        plan = [(folder, None if folder.is_dir() else partial)]
+    dist.broadcast_object_list(plan, src=0)
+    folder, partial = plan[0]
+    if partial is None:
+        return folder
+    try:
+        if is_first:
+            partial.mkdir(parents=True)
+        build(partial)
+        dist.barrier()  # until no rank reads there
+        if is_first:
+            _publish(partial, folder)
+        dist.barrier()
+    except Exception as err:
+        cause = err if isinstance(err, OSError) else err.__cause__  # mcore wraps it
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"--data-cache-path {cache}: the index cache cannot be written there ({cause.strerror or cause}); free "
+            "space or choose another folder"
+        ) from err
+    finally:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _digest(prefixes: Sequence[str], settings: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for prefix in prefixes:
+        with open(prefix + ".idx", "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    for path in (*partial.iterdir(), partial):
+        fsync_path(path)
+    try:
+        publish(partial, folder)
+    except OSError:
+        if not folder.is_dir():  # another run may have published the same one
+            raise
