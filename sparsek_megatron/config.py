@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# As in `sparsek_kernels.settings`, written again since that package imports torch and this file must not.
 GATES = ("key_value", "value", "logit")
 BACKENDS = ("auto", "triton", "torch")
+MAX_POOL = 16_384
 SCORERS = ("linear", "mlp")
 
 DEFAULT_REFERENCE_LENGTH = 131_072
@@ -33,7 +35,8 @@ class SparseKConfig:
     topk              keys selected per query and KV head outside the window
     window            most recent keys (before the query's refresh point) attended with gate 1; at least 1
     stride            queries per refresh of the selection; 1 is the rule of a fresh selection for each token
-    pool              candidates among which the threshold is solved; None means 4 * topk
+    pool              candidates among which the threshold is solved; None means 4 * topk. At most 16,384, the largest
+                      for which thresholds are exact
     gate              where the gate multiplies: "key_value", "value" or "logit"
     hard_selection    asks by name for pool == topk: all gates 1, and the scorer receives no gradient
     backend           "auto" (Triton on CUDA, torch on CPU), "triton" or "torch"
@@ -93,10 +96,11 @@ class SparseKConfig:
         _require_int("topk", self.topk, 1)
         _require_int("window", self.window, 1)
         _require_int("stride", self.stride, 1)
-        if self.pool is None:
+        asked = self.pool
+        if asked is None:
             object.__setattr__(self, "pool", self.topk if self.hard_selection else 4 * self.topk)
         _require_int("pool", self.pool, 1)
-        self._check_pool()
+        self._check_pool(by_default=asked is None)
         for name, allowed in (("gate", GATES), ("backend", BACKENDS), ("scorer", SCORERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
@@ -124,8 +128,16 @@ class SparseKConfig:
             raise ValueError(f"dense_layers={self.dense_layers!r}: must be layer indices, like (0, -1)")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
-    def _check_pool(self) -> None:
+    def _check_pool(self, *, by_default: bool) -> None:
         assert self.pool is not None
+        if self.pool > MAX_POOL:
+            fix = (
+                f"set pool to at most {MAX_POOL}, above topk"
+                if self.topk < MAX_POOL
+                else "use a smaller topk"
+            )
+            default = f", the default for topk={self.topk}" if by_default else ""
+            raise ValueError(f"pool={self.pool}{default}: thresholds are exact up to {MAX_POOL}; {fix}")
         if self.hard_selection and self.pool != self.topk:
             raise ValueError(
                 f"hard_selection=True needs pool == topk, got pool={self.pool}, topk={self.topk}: leave "

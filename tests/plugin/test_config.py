@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from sparsek_megatron import SparseKConfig
+from sparsek_megatron import SparseKConfig, config
 from sparsek_megatron.environment import settings_from
 
 
 def test_pool_defaults_to_four_times_topk_and_the_config_is_frozen() -> None:
-    config = SparseKConfig(topk=32)
-    assert config.pool == 128
+    made = SparseKConfig(topk=32)
+    assert made.pool == 128
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.topk = 1  # pyright: ignore[reportAttributeAccessIssue]
-    assert dataclasses.replace(config, window=7).window == 7
+        made.topk = 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert dataclasses.replace(made, window=7).window == 7
     assert SparseKConfig(topk=8, hard_selection=True).pool == 8
     assert SparseKConfig(8, 16, 4, 24, "value") == SparseKConfig(
         topk=8, window=16, stride=4, pool=24, gate="value"
@@ -38,6 +38,9 @@ def test_pool_defaults_to_four_times_topk_and_the_config_is_frozen() -> None:
         ({"topk": 8, "pool": 4}, ["pool=4", "topk=8"]),
         ({"topk": 8, "pool": 8}, ["pool=8", "hard_selection=True"]),
         ({"topk": 8, "pool": 9, "hard_selection": True}, ["pool=9", "topk=8"]),
+        ({"topk": 8192}, ["pool=32768", "default for topk=8192", "set pool to at most 16384"]),
+        ({"topk": 8, "pool": 16385}, ["pool=16385", "at most 16384"]),
+        ({"topk": 16385, "hard_selection": True}, ["pool=16385", "smaller topk"]),
         ({"gate": "both"}, ["gate='both'", "key_value"]),
         ({"backend": "cuda"}, ["backend='cuda'", "triton"]),
         ({"scorer": "deep"}, ["scorer='deep'", "mlp"]),
@@ -73,14 +76,14 @@ def test_settings_come_from_a_file_and_variables_win_over_it(tmp_path: Path) -> 
         "SPARSEK_POSITION_SLOPE": "false",
         "HOME": "x",
     }
-    config, source = settings_from(environment)
-    assert config == SparseKConfig(
+    made, source = settings_from(environment)
+    assert made == SparseKConfig(
         topk=16, window=48, dense_layers=(0, -1), score_spread=0.5, position_slope=False
     )
     assert str(file) in source and "SPARSEK_WINDOW" in source
     assert settings_from({}) == (SparseKConfig(), "defaults")
-    config, _ = settings_from({"SPARSEK_DENSE_LAYERS": "0, -1", "SPARSEK_OVERFLOW_WARNING": "none"})
-    assert config.dense_layers == (0, -1) and config.overflow_warning is None
+    made, _ = settings_from({"SPARSEK_DENSE_LAYERS": "0, -1", "SPARSEK_OVERFLOW_WARNING": "none"})
+    assert made.dense_layers == (0, -1) and made.overflow_warning is None
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,17 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="SPARSEK_CONFIG") as error:
         settings_from({"SPARSEK_CONFIG": str(file)})
     assert "\n" not in str(error.value)
+
+
+def test_choices_and_limits_are_those_of_the_kernels() -> None:
+    from sparsek_kernels import settings
+
+    assert (config.GATES, config.BACKENDS, config.MAX_POOL) == (
+        settings.GATES,
+        settings.BACKENDS,
+        settings.MAX_POOL,
+    )
+    assert SparseKConfig(topk=8192, pool=settings.MAX_POOL).pool == settings.MAX_POOL
 
 
 def test_importing_the_package_is_light() -> None:
