@@ -30,7 +30,7 @@ from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import settings_from_environment
 from sparsek_megatron.inference import CachedScores, cache_rows, new_positions, rotary_at
 from sparsek_megatron.norm import QKNorm
-from sparsek_megatron.packing import packed_boundaries, token_positions
+from sparsek_megatron.packing import check_packed_batch, packed_boundaries, token_positions
 from sparsek_megatron.report import report_once
 from sparsek_megatron.scoring import ScoringNetwork, reference_length
 
@@ -101,7 +101,8 @@ class SparseKSelfAttention(SelfAttention):
     def scores(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
         """Scores [b, s, ng/tp] fp32 of the whole sequence, or of this context-parallel rank's tokens of it.
 
-        hidden_states [s, b, h], this rank's shard of it under sequence parallelism.
+        hidden_states [s, b, h], this rank's shard of it under sequence parallelism. Raises ValueError for packed
+        sequences that do not fit it.
         """
         length = hidden_states.shape[0] * (
             self.pg_collection.tp.size() if self.config.sequence_parallel else 1
@@ -109,6 +110,9 @@ class SparseKSelfAttention(SelfAttention):
         boundaries = packed_boundaries(packed_seq_params)
         cp = compat.context_parallel_group(self.config, self.pg_collection)
         shard = {} if cp is None else {"cp": cp.size(), "cp_rank": cp.rank()}
+        if boundaries is not None:
+            tokens = length * shard.get("cp", 1)
+            check_packed_batch(boundaries, rows=hidden_states.shape[1], tokens=tokens)
         return self.scorer(hidden_states, token_positions(length, boundaries, hidden_states.device, **shard))
 
     def forward(

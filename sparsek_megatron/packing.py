@@ -31,6 +31,24 @@ def packed_boundaries(packed: PackedSeqParams | None) -> Tensor | None:
     return boundaries.to(torch.int32)
 
 
+def check_packed_batch(boundaries: Tensor, *, rows: int, tokens: int) -> None:
+    """Refuse packed sequences that are not those of a batch of `rows` rows of `tokens` tokens over all ranks.
+
+    Boundaries are read where they are on the CPU: elsewhere that would wait for the device.
+
+    Raises ValueError naming what does not fit.
+    """
+    if rows != 1:
+        raise ValueError(
+            f"packed_seq_params with a batch of {rows} rows: pack all sequences into one (--micro-batch-size 1)"
+        )
+    if not boundaries.is_cuda and int(boundaries[-1]) > tokens:
+        raise ValueError(
+            f"packed_seq_params: the last sequence ends at token {int(boundaries[-1])} of {tokens}; give the "
+            "boundaries of this batch"
+        )
+
+
 def token_positions(
     length: int, boundaries: Tensor | None, device: torch.device, *, cp: int = 1, cp_rank: int = 0
 ) -> Tensor:

@@ -63,13 +63,16 @@ def context_parallel_attention(
     cu_seqlens    int32 [num_seqs + 1], boundaries of packed sequences of which each is sharded on its own, as Megatron
                   does: global, b = 1. They are read on the host, and with "p2p" every sequence is an exchange
 
-    Raises ValueError for a sequence that does not divide into chunks, or KV heads that "a2a" cannot divide;
+    Raises ValueError for boundaries past the tokens, a sequence that does not divide into chunks, or KV heads that
+    "a2a" cannot divide;
     NotImplementedError for another `cp_comm_type`.
     """
     method = check_method(cp_comm_type)
     plan = Layout(layout, group.size())
     whole = query.shape[1] * plan.cp
     bounds = [0, whole] if cu_seqlens is None else cu_seqlens.tolist()
+    if bounds[-1] > whole:
+        raise ValueError(f"cu_seqlens ends at {bounds[-1]}: the ranks hold {whole} tokens together")
     for start, end in pairwise(bounds):
         plan.chunk_length(end - start)
     options: dict[str, Any] = {"topk": topk, "window": window, "stride": stride, "pool": pool, "gate": gate}

@@ -161,7 +161,7 @@ def test_inference_contexts_are_refused() -> None:
             attention(torch.randn(8, 1, 32), None, **keywords)
 
 
-def test_packed_sequences_must_be_thd_with_one_set_of_boundaries() -> None:
+def test_packed_sequences_must_be_thd_with_one_set_of_boundaries_that_fits_the_batch() -> None:
     gpt = model()
     tokens, positions, _ = batch(16, 1)
     params = packed([8, 8])
@@ -172,6 +172,13 @@ def test_packed_sequences_must_be_thd_with_one_set_of_boundaries() -> None:
     params.cu_seqlens_kv = params.cu_seqlens_kv[:-1]
     with pytest.raises(ValueError, match="2 query sequences against 1"):
         gpt(tokens, positions, None, packed_seq_params=params)
+    with pytest.raises(ValueError, match="the last sequence ends at token 20 of 16"):
+        gpt(tokens, positions, None, packed_seq_params=packed([8, 12]))
+    tokens, positions, _ = batch(16, 2)
+    with pytest.raises(
+        ValueError, match=r"batch of 2 rows: pack all sequences into one \(--micro-batch-size 1\)"
+    ):
+        gpt(tokens, positions, None, packed_seq_params=packed([8, 8]))
 
 
 @pytest.mark.parametrize(
