@@ -18,10 +18,11 @@ from sparsek_megatron.training.run_folder import checkpoint_name
 def load_weights(model: torch.nn.Module, folder: Path, *, step: int, saved_size: int) -> None:
     """Fill `model`, this rank's shard, from the checkpoint of `saved_size` tensor-parallel ranks.
 
-    Files are memory-mapped, and one parameter at a time is put together.
+    Files are memory-mapped, and one parameter at a time is put together. Checksums are not looked at here: see
+    `training.generate.newest_with_weights`.
 
     Raises:
-        UserError: a file is missing or damaged, or does not hold this model; the model is then unchanged.
+        UserError: a file cannot be read, or does not hold this model; the model is then unchanged.
     """
     path = folder / checkpoint_name(step)
     files = [path / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(saved_size)]

@@ -13,9 +13,11 @@ from sparsek_megatron.errors import UserError
 from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.training.arguments import FIELDS, TrainingConfig
 from sparsek_megatron.training.launcher import is_launched, launch, world_size_of_environment
-from sparsek_megatron.training.run_folder import latest_step, read_run
+from sparsek_megatron.training.manifest import check_contents, check_sizes
+from sparsek_megatron.training.run_folder import RUN, candidates, checkpoint_name, read_run
 
 _STDIN_COPY = "SPARSEK_GENERATE_STDIN"  # launched processes read the launcher's standard input from this file
+_STEP = "SPARSEK_GENERATE_STEP"  # and take the checkpoint that the launcher has checked and chosen
 
 
 def build_parser() -> FlagParser:
@@ -74,9 +76,7 @@ def generate_program(argv: Sequence[str], program: str) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
-    step = latest_step(args.load)
-    if step is None:
-        raise UserError(f"--load {args.load}: holds no checkpoint; give the --save folder of a run")
+    step = int(os.environ[_STEP]) if _STEP in os.environ else newest_with_weights(args.load)
     saved = read_run(args.load, step)
     if saved["settings"]["zero_stage"] == 3:
         raise UserError(
@@ -104,6 +104,7 @@ def generate_program(argv: Sequence[str], program: str) -> None:
     size = _tensor_parallel_size(args.tensor_model_parallel_size, settings)
     config = generation_config(settings, size)
     if size > 1 and not is_launched():
+        os.environ[_STEP] = str(step)
         _launch_with_input(program, argv, size, texts)
         return
     if is_launched() and world_size_of_environment() != size:
@@ -120,6 +121,30 @@ def generate_program(argv: Sequence[str], program: str) -> None:
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
         prefill_tokens=args.prefill_tokens, cuda_graph=not args.no_cuda_graph,
     )  # fmt: skip
+
+
+def newest_with_weights(folder: str) -> int:
+    """Step of the newest checkpoint whose settings and weights have their checksums; the first rank names those passed
+    over on standard error. The optimizer's state, which generation does not need, is checked by its size alone.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    steps, problem = candidates(folder)
+    problems = [problem] if problem else []
+    for step in steps:
+        path = Path(folder) / checkpoint_name(step)
+        weights = [file.name for file in path.glob("mp_rank_*_model_states.pt")]
+        problem = check_sizes(path) or check_contents(path, names=(RUN, *weights))
+        if problem is None:
+            if os.environ.get("RANK", "0") == "0":
+                for line in problems:
+                    print(f"warning: {line}; it is passed over", file=sys.stderr)
+            return step
+        problems.append(f"{path}: {problem}")
+    if problems:
+        raise UserError(f"--load {folder}: no checkpoint there is intact ({'; '.join(problems)[:400]})")
+    raise UserError(f"--load {folder}: holds no checkpoint; give the --save folder of a run")
 
 
 def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[tuple[str, str]]:

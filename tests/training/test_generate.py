@@ -22,7 +22,12 @@ from sparsek_megatron.inference_model import ModelDecoder
 from sparsek_megatron.inference_weights import load_weights
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import parse
-from sparsek_megatron.training.generate import generate_program, generation_config, read_prompts
+from sparsek_megatron.training.generate import (
+    generate_program,
+    generation_config,
+    newest_with_weights,
+    read_prompts,
+)
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.reshard import cut_shard
@@ -297,6 +302,25 @@ def test_a_checkpoint_without_scorers_or_with_a_damaged_file_is_named(checkpoint
     with pytest.raises(UserError, match=r"the checkpoint of step 3 cannot be read \("):
         load_weights(model, folder, step=3, saved_size=2)
     assert all(torch.equal(before[name], x) for name, x in model.named_parameters())
+
+
+def test_damaged_weights_are_passed_over_and_named(checkpoint, tmp_path, capsys, refused):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    shutil.copytree(folder / "step_00000003", folder / "step_00000006")
+    (folder / "latest").write_text("step_00000006")
+    assert newest_with_weights(str(folder)) == 6
+    for name, first in (("step_00000006", 3), ("step_00000003", None)):
+        file = folder / name / "mp_rank_01_model_states.pt"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        if first is not None:
+            assert newest_with_weights(str(folder)) == first
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and f"{name}: mp_rank_01_model_states.pt is damaged" in said
+    said = refused(generate_program, ["--load", str(folder), "--prompt", "a"], "generate.py")
+    assert "no checkpoint there is intact" in said and "step_00000006" in said and "step_00000003" in said
 
 
 @pytest.mark.parametrize(
