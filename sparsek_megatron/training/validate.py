@@ -25,7 +25,7 @@ _RANGES = (
     (
         "must be at least 0, and finite", lambda x: 0 <= x < math.inf,
         ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
-         "hang_timeout_seconds", "max_skipped_steps", "sparsek_lr_mult", "sparsek_initial_slope"),
+         "hang_timeout_seconds", "max_skipped_steps"),
     ),
     (
         "must be above 0, and finite", lambda x: 0 < x < math.inf,
@@ -205,13 +205,17 @@ def sparsek_config(config: TrainingConfig) -> SparseKConfig:
             f"--sparsek-pool {pool}: must be above --sparsek-topk {topk} so that the scorer gets a gradient; "
             f"use {4 * topk}, or ask for hard selection with --sparsek-hard-selection"
         )
-    return SparseKConfig(
-        topk=topk,
-        window=config.sparsek_window,
-        stride=config.sparsek_stride,
-        pool=pool,
-        gate=config.sparsek_gate,
-        hard_selection=config.sparsek_hard_selection,
-        initial_slope=config.sparsek_initial_slope,
-        scorer_lr_mult=config.sparsek_lr_mult,
-    )
+    try:
+        return SparseKConfig(
+            topk=topk,
+            window=config.sparsek_window,
+            stride=config.sparsek_stride,
+            pool=pool,
+            gate=config.sparsek_gate,
+            hard_selection=config.sparsek_hard_selection,
+            initial_slope=config.sparsek_initial_slope,
+            scorer_lr_mult=config.sparsek_lr_mult,
+        )
+    except ValueError as err:
+        field, _, problem = str(err).partition("=")  # it says field=value: what is wrong
+        raise UserError(f"{flag_of('sparsek_' + field.removeprefix('scorer_'))} {problem}") from None
