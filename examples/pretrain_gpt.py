@@ -12,7 +12,9 @@ or, with the processes started by torchrun itself: `torchrun --nproc-per-node 2 
 import sys
 
 from sparsek_megatron.quiet import quiet_dependencies
+from sparsek_megatron.training.stopping import hold_signals
 
+hold_signals()
 quiet_dependencies()
 
 from sparsek_megatron.errors import report_user_errors  # noqa: E402

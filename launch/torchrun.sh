@@ -16,8 +16,11 @@
 #   NET_INTERFACE   network interface for NCCL's bootstrap and gloo, where a node has several (chosen by them)
 #   NODE_ADDR       this node's own address, where its host name does not resolve to it
 #
-# SIGUSR1 or SIGTERM to this script: a checkpoint after the step under way, then a clean exit with code 0.
+# SIGUSR1 or SIGTERM to this script: a checkpoint after the step under way, then a clean exit with code 0; while the
+# processes are starting, the exit alone.
 set -euo pipefail
+stopping=false
+trap 'stopping=true' USR1 TERM
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
@@ -29,7 +32,8 @@ esac
 
 nodes="${NNODES:-1}"
 rank="${NODE_RANK:-0}"
-processes="${NPROC_PER_NODE:-$(python -W ignore -c 'import torch; print(torch.cuda.device_count() or 1)')}"
+count='import torch; print(torch.cuda.device_count() or 1)'
+processes="${NPROC_PER_NODE:-$(trap '' USR1 TERM && python -W ignore -c "$count")}"
 
 # A failing link is named by NCCL's warnings and by nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
@@ -67,15 +71,17 @@ if [ -n "${NODE_ADDR:-}" ]; then arguments+=(--local-addr="$NODE_ADDR"); fi
     exec python -m torch.distributed.run --signals-to-handle=SIGINT,SIGHUP,SIGQUIT "${arguments[@]}" "$@"
 ) &
 agent=$!
-
-trap 'cat /proc/"$agent"/task/*/children 2>/dev/null | xargs -r kill -USR1 2>/dev/null || true' USR1 TERM
 trap 'kill -INT "$agent" 2>/dev/null' INT
 
-code=0
-while :; do
-    code=0
-    wait "$agent" || code=$?
-    # A trapped signal ends the wait as well.
-    kill -0 "$agent" 2>/dev/null || break
+while kill -0 "$agent" 2>/dev/null; do
+    if $stopping; then
+        # Again and again: a process that is still starting ignores it, and others may be started later.
+        cat /proc/"$agent"/task/*/children 2>/dev/null | xargs -r kill -USR1 2>/dev/null || true
+        sleep 1 || true
+    else
+        wait "$agent" || true # a trapped signal ends the wait as well
+    fi
 done
+code=0
+wait "$agent" || code=$?
 exit "$code"

@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from sparsek_megatron.errors import EXIT_USAGE, UserError
+from sparsek_megatron.training.stopping import release_signals
 
 
 def is_launched() -> bool:
@@ -31,20 +31,44 @@ def processes_to_start(processes: int | None) -> int:
     return processes
 
 
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Send a signal on to the processes that this one has started."""
+def _pass_on(*_: object) -> None:
+    """Send SIGUSR1 on to the processes that this one has started and that catch it: one that is still starting would
+    die of it. Again after a second, for those and for what has not been started yet.
+    """
     for listed in Path("/proc/self/task").glob("*/children"):
-        for child in listed.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), number)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread or a process that has ended since
+            for child in listed.read_text().split():
+                if _catches(int(child), signal.SIGUSR1):
+                    os.kill(int(child), signal.SIGUSR1)
+    signal.alarm(1)
+
+
+def _catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+@contextlib.contextmanager
+def _passing_on() -> Iterator[None]:
+    """A context in which SIGUSR1 to this process ends nothing here but is passed on; after it, it is ignored."""
+    for number in (signal.SIGUSR1, signal.SIGALRM):
+        signal.signal(number, _pass_on)
+    release_signals()
+    try:
+        yield
+    finally:
+        for number in (signal.SIGUSR1, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def launch(program: str, argv: Sequence[str], processes: int) -> None:
     """Run `program` with `argv` in `processes` processes, as `torchrun --standalone --nproc-per-node` would.
 
     Each process gets its share of the cores in OMP_NUM_THREADS. SIGUSR1, which ends a run after a checkpoint, is passed
-    on to them. Exits with the first failing process's code; a process that ended with a one-line report of a user's
-    error needs no more said about it.
+    on to them, until they have ended. Exits with the first failing process's code; a process that ended with a one-line
+    report of a user's error needs no more said about it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -56,9 +80,9 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
     arguments = parse_args([f"--nproc-per-node={processes}", *rendezvous, program, *argv])
     config, command, command_arguments = config_from_args(arguments)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGUSR1, _pass_on)
     try:
-        elastic_launch(config=config, entrypoint=command)(*command_arguments)
+        with _passing_on():
+            elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except SignalException as err:
         print(f"stopped by {err.sigval.name}; with --load, the same command resumes", file=sys.stderr)
         sys.exit(128 + err.sigval)

@@ -80,10 +80,10 @@ class Trainer:
             loss = loss / sharers
         return loss.item()
 
-    def train(self, start: int) -> int:
+    def train(self, start: int, stop: StopRequest) -> int:
         """Take steps until `train_iters`, an exit interval or a signal to stop; returns the number of the last step.
 
-        The last checkpoint is in force when it returns.
+        The last checkpoint is in force when it returns. A signal from before the first step ends the run before it.
 
         Raises:
             UserError: too many steps in a row had a non-finite gradient, or a checkpoint cannot be written.
@@ -91,8 +91,7 @@ class Trainer:
         self.engine.train()
         watchdog = Watchdog(self.config.hang_timeout_seconds, self.machine.rank)
         try:
-            with StopRequest() as stop:
-                steps = self._steps(start, stop, watchdog)
+            steps = self._steps(start, stop, watchdog)
             watchdog.beat("writing the last checkpoint")
             self.checkpoints.finish()
             self._tell_news()
@@ -102,6 +101,10 @@ class Trainer:
 
     def _steps(self, start: int, stop: StopRequest, watchdog: Watchdog) -> int:
         config = self.config
+        if start < config.train_iters and (signal := stop.agreed(self.machine.device)):
+            if self.report:
+                self.report.line(f"stopped by {signal} before step {start + 1}; the same command goes on there")
+            return start
         data = self._batches(self._train_set, start, config.train_iters)
         if start == 0:
             self._validate(0)

@@ -18,6 +18,7 @@ from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, uses_bf16
 from sparsek_megatron.training.report import Report
 from sparsek_megatron.training.run_folder import changed_settings, check_resume
+from sparsek_megatron.training.stopping import StopRequest
 from sparsek_megatron.training.validate import data_paths
 
 _BYTES_PER_PARAMETER = 16  # weights, fp32 master copy, two Adam moments, and room for the renamed predecessor
@@ -31,13 +32,14 @@ def run(config: TrainingConfig) -> None:
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    machine = parallel.initialize(config)
-    with parallel.end_together(machine), Liveness(machine.store, machine.rank, machine.world_size):
-        _train(config, machine)
-    parallel.shutdown()
+    with StopRequest() as stop:
+        machine = parallel.initialize(config)
+        with parallel.end_together(machine), Liveness(machine.store, machine.rank, machine.world_size):
+            _train(config, machine, stop)
+        parallel.shutdown()
 
 
-def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
+def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest) -> None:
     lock = lock_folder(Path(config.save), "--save") if machine.is_first else None
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
@@ -78,7 +80,7 @@ def _train(config: TrainingConfig, machine: parallel.Machine) -> None:
         report=report,
     )  # fmt: skip
     try:
-        trainer.train(start)
+        trainer.train(start, stop)
     finally:
         if report:
             report.close()

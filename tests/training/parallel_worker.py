@@ -33,6 +33,7 @@ from sparsek_megatron.training.engine import build_engine, hyperparameters
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.schedule import learning_rate
+from sparsek_megatron.training.stopping import StopRequest
 from sparsek_megatron.training.validate import data_paths
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -103,13 +104,13 @@ def trajectory(
         load(first.engine, config, machine, step=start_at)
     if dump:
         save_state(first.engine, machine, dump)
-    first.train(start_at)
+    first.train(start_at, StopRequest())
     shared = shared_weights_are_equal(first.engine.module)
     if resume_at is not None:
         recorder.records.append("resumed")
         again = trainer()
         load(again.engine, config, machine, step=resume_at)
-        again.train(resume_at)
+        again.train(resume_at, StopRequest())
     groups = None
     if saved := resume_at or start_at:
         changed, _ = parse([*argv, *CHANGED])

@@ -66,6 +66,15 @@ def start_program(path: str, *arguments: str) -> subprocess.Popen:
     return _start(path, *arguments)
 
 
+def start_script(script: str, *arguments: str, **variables: str) -> subprocess.Popen:
+    """Start a shell script of the repository, with this Python and further variables of the environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(REPOSITORY / script), *arguments], env=environment() | {"PATH": path} | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def start_code(code: str) -> subprocess.Popen:
     """Start `python -c code`."""
     return _start("-c", code)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import Prepared, finish, run, start
+from programs import Prepared, finish, run, start, start_script
 
 from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.manifest import check_contents, check_sizes
@@ -64,12 +64,40 @@ def test_a_signal_ends_the_run_after_a_checkpoint(prepared, uninterrupted, tmp_p
     save = tmp_path / "stopped"
     process = start("pretrain_gpt.py", *prepared.flags(save), "--load", str(save), *PARALLEL)
     wait_for_step(save, 1, process)
-    process.send_signal(signal.SIGUSR1)
+    while process.poll() is None:  # also while the last checkpoint is being written, and until every process has ended
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
     said = finish(process)
     stopped = int((save / "latest").read_text()[5:])
     assert f"stopped by SIGUSR1 after step {stopped}" in said and stopped < 8, said
     assert f"from step {stopped}" in train(prepared, save)
     assert [r for r in trajectory(save) if "loss" in r] == [r for r in trajectory(uninterrupted) if "loss" in r]
+
+
+def wait_until_held(process) -> None:
+    """Until the program has seen to it that SIGUSR1 does not end it: the first thing that it does."""
+    for _ in range(1000):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        masks = (int(status.partition(name)[2].split()[0], 16) for name in ("SigBlk:", "SigCgt:"))
+        if any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks):
+            return
+        time.sleep(0.002)
+    raise AssertionError(finish(process))
+
+
+@pytest.mark.parametrize("launcher", ["examples/pretrain_gpt.py", "launch/torchrun.sh"])
+def test_a_signal_while_it_starts_ends_the_run_before_its_first_step(prepared, uninterrupted, tmp_path, launcher):
+    save = copy_at(uninterrupted, tmp_path / "started", 3)
+    flags = [*prepared.flags(save), "--load", str(save), *PARALLEL[2:]]
+    if launcher.endswith(".py"):
+        process = start("pretrain_gpt.py", *flags, *PARALLEL[:2])
+    else:
+        process = start_script(launcher, "examples/pretrain_gpt.py", *flags, NPROC_PER_NODE="2")
+    wait_until_held(process)
+    process.send_signal(signal.SIGUSR1)
+    said = finish(process)
+    assert "stopped by SIGUSR1 before step 4; the same command goes on there" in said and "error" not in said, said
+    assert (save / "latest").read_text() == "step_00000003" and not list(save.glob("*step_00000004"))
 
 
 def copy_at(uninterrupted: Path, folder: Path, step: int) -> Path:
