@@ -89,7 +89,7 @@ def test_every_configuration_file_is_valid(path):
         ("--sparsek-pool 3", "--sparsek-pool 3: must be above --sparsek-topk 8"),
         ("--sparsek-pool 9 --sparsek-hard-selection", "with --sparsek-hard-selection it must equal topk"),
         ("--sparsek-pool 20000", "--sparsek-pool 20000: thresholds are exact up to 16384; set pool to at most 16384"),
-        ("--sparsek-topk 5000 --seq-length 8192", "--sparsek-pool 20000, the default for topk=5000: thresholds are exact"),
+        ("--sparsek-topk 5000 --seq-length 8192", "--sparsek-pool 20000, the default for topk=5000: thresholds"),
         ("--sparsek-lr-mult -1", "--sparsek-lr-mult -1.0: must be a finite number >= 0"),
         ("--sparsek-initial-slope -1", "--sparsek-initial-slope -1.0: must be a finite number >= 0"),
         ("--tensor-model-parallel-size 2", "does not divide the 1 processes started"),
