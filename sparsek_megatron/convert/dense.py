@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 logger = logging.getLogger(__name__)
+
+Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 SCORER_PART = ".self_attention.scorer."
 
@@ -72,36 +76,68 @@ def _sharded(model: MegatronModule, *, stacked: bool) -> dict[str, Any]:
         config.hetereogenous_dist_checkpoint = kept
 
 
-def _stored_prefix(keys: list[str]) -> tuple[str, bool]:
-    """(what precedes `decoder.` in a checkpoint's keys, whether its layers are stacked)."""
+def _stored_layout(keys: Iterable[str]) -> tuple[str, bool]:
+    """(what precedes `decoder.` in the keys of a checkpoint's model, whether its layers are stacked).
+
+    An optimizer's state has keys that end in the same names.
+    """
     for key in keys:
         found = re.match(r"(.*?)decoder\.layers\.(\d+\.)?", key)
-        if found:
+        if found and "optimizer." not in found.group(1):
             return found.group(1), found.group(2) is None
     raise ValueError("the checkpoint has no decoder.layers.* tensors: it is not one of a Megatron GPT")
 
 
-def load_dense_checkpoint(model: MegatronModule, folder: str | Path) -> list[str]:
-    """Load a dense model's distributed checkpoint, saved under any tensor and pipeline split, into a SparseK
-    model.
+def _chunks(model: Model) -> list[Any]:
+    """The GPT models of this rank: one, or several under a virtual pipeline."""
+    return unwrap_model([model] if isinstance(model, torch.nn.Module) else list(model))
 
-    folder: an `iter_...` folder of `dist_checkpointing`. Works for layers saved stacked or under keys of
-    their own. Returns the scorer keys left at their initial values. Logs one line. Every rank calls it.
+
+def load_dense_checkpoint(model: Model, folder: str | Path) -> list[str]:
+    """Load a dense model's distributed checkpoint, saved under any tensor and pipeline split, into a SparseK model.
+
+    model: this pipeline stage's GPT model, or the list of its chunks under a virtual pipeline; each chunk may as well
+    be loaded in a call of its own. An optimizer must be made after. folder: an `iter_...` folder of
+    `dist_checkpointing`, as Megatron-LM writes it, with an optimizer's state or without, layers stacked or under keys
+    of their own. Every rank calls it. Returns the scorer keys left at their initial values. Logs one line a chunk.
+
+    Raises ValueError where the checkpoint is not one of this model.
     """
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    prefix, stacked = _stored_prefix(list(metadata))
-    wanted = _sharded(model, stacked=stacked)
-    for tensor in wanted.values():
-        if hasattr(tensor, "key"):
-            tensor.key = prefix + tensor.key
-    loaded: Any = dist_checkpointing.load(wanted, str(folder))
-    return load_dense_state_dict(model, loaded, source=str(folder))
+    prefix, stacked = _stored_layout(dist_checkpointing.load_tensors_metadata(str(folder)))
+    initialised = []
+    for chunk in _chunks(model):
+        wanted = _sharded(chunk, stacked=stacked)
+        for tensor in wanted.values():
+            if hasattr(tensor, "key"):
+                tensor.key = prefix + tensor.key
+        try:  # one chunk of a virtual pipeline need not cover the checkpoint: no check that all ranks' do
+            loaded: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        except CheckpointException as err:
+            reason, _ = next(iter(err.failures.values()))
+            raise ValueError(
+                f"{folder} is not a dense checkpoint of this model: {' '.join(str(reason).split())}; build both with "
+                "the same configuration"
+            ) from err
+        # `loaded` has Megatron-LM's arguments, iteration and the like besides.
+        initialised += load_dense_state_dict(chunk, {key: loaded[key] for key in wanted}, source=str(folder))
+    return initialised
 
 
-def save_dense_checkpoint(model: MegatronModule, folder: str | Path, *, stacked: bool = False) -> None:
-    """Save a SparseK model as a dense model's distributed checkpoint (without the scorers). Every rank calls
-    it.
+def save_dense_checkpoint(model: Model, folder: str | Path, *, stacked: bool = False) -> None:
+    """Save a SparseK model as a dense model's distributed checkpoint (without the scorers). Every rank calls it.
 
-    stacked: save homogeneous layers as one stacked tensor each, as older Megatron checkpoints do.
+    model: this pipeline stage's GPT model, or the list of all its chunks under a virtual pipeline. folder: made where
+    it does not exist. stacked: save homogeneous layers as one stacked tensor each, as older Megatron checkpoints do.
+
+    Raises ValueError for some chunks of a virtual pipeline only.
     """
-    dist_checkpointing.save(_sharded(model, stacked=stacked), str(folder))
+    chunks = _chunks(model)
+    count = chunks[0].config.virtual_pipeline_model_parallel_size or 1
+    if len(chunks) != count:
+        raise ValueError(
+            f"save_dense_checkpoint got {len(chunks)} of the {count} model chunks of a virtual pipeline stage: one "
+            "call writes the whole checkpoint; pass the list of all of them"
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    state = {f"model{i}": _sharded(chunk, stacked=stacked) for i, chunk in enumerate(chunks)}
+    dist_checkpointing.save(state, str(folder))

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import queue
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda_to_cpu import cuda_to_cpu
 from mcore_harness import build_gpt, parallel, randomise, tiny_config, unshard
+from mcore_training import Training
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import gpt_layer_specs
@@ -38,35 +41,62 @@ def shared_folder() -> Path:
     return Path(name[0])
 
 
-def stage_model(dense: bool = False, sparsek: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """This pipeline stage's model, dense or with SparseK."""
-    config = tiny_config(num_layers=4, **changes)
-    if dense:
-        spec: Any = gpt_layer_specs.get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm"
-        )
-    else:
-        spec = get_sparsek_block_spec(config, sparsek=SparseKConfig(**{**SPARSEK, **(sparsek or {})}))
-    return build_gpt(
-        config,
-        spec,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+def stock_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Layers of the dense model."""
+    return gpt_layer_specs.get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
 
 
-def whole(model: Any) -> dict[str, torch.Tensor]:
+def stage_models(
+    vpp: int | None = None, dense: bool = False, sparsek: dict[str, Any] | None = None, **changes: Any
+) -> list[Any]:
+    """The chunks of this pipeline stage's model, dense or with SparseK."""
+    config = tiny_config(
+        **{"num_layers": 4, **changes}, **({"virtual_pipeline_model_parallel_size": vpp} if vpp else {})
+    )
+    settings = SparseKConfig(**{**SPARSEK, **(sparsek or {})})
+    chunks = []
+    for stage in range(vpp or 1):
+        virtual = {"vp_stage": stage if vpp else None}
+        spec = (
+            stock_spec(config, **virtual)
+            if dense
+            else get_sparsek_block_spec(config, sparsek=settings, **virtual)
+        )
+        edges = {"ignore_virtual": vpp is None, **virtual}
+        chunks.append(
+            build_gpt(
+                config,
+                spec,
+                pre_process=parallel_state.is_pipeline_first_stage(**edges),
+                post_process=parallel_state.is_pipeline_last_stage(**edges),
+                **virtual,
+            )
+        )
+    return chunks
+
+
+def stage_model(**changes: Any) -> Any:
+    """This pipeline stage's model where it has one chunk."""
+    (model,) = stage_models(**changes)
+    return model
+
+
+def whole(*chunks: Any) -> dict[str, torch.Tensor]:
     """Whole weights of all pipeline stages by global name, and the reference lengths."""
-    indices = stage_layer_indices(model.config, vp_stage=None, pp_rank=None)
     mine = {}
-    tensors = [(name, p, p.data) for name, p in model.named_parameters()]
-    tensors += [(name, torch.nn.Parameter(b.double()), b.double()) for name, b in model.named_buffers()]
-    for name, parameter, tensor in tensors:
-        if ".layers." in name:
-            head, rest = name.split(".layers.")
-            local, tail = rest.split(".", 1)
-            name = f"{head}.layers.{indices[int(local)]}.{tail}"
-        mine[name] = unshard(name, parameter, tensor)
+    for stage, model in enumerate(chunks):
+        vp_stage = stage if len(chunks) > 1 else None
+        indices = stage_layer_indices(model.config, vp_stage=vp_stage, pp_rank=None)
+        tensors = [(name, p, p.data) for name, p in model.named_parameters()]
+        tensors += [(name, torch.nn.Parameter(b.double()), b.double()) for name, b in model.named_buffers()]
+        for name, parameter, tensor in tensors:
+            if ".layers." in name:
+                head, rest = name.split(".layers.")
+                local, tail = rest.split(".", 1)
+                name = f"{head}.layers.{indices[int(local)]}.{tail}"
+            mine[name] = unshard(name, parameter, tensor)
     stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     group = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.all_gather_object(stages, mine, group=group)
@@ -109,30 +139,50 @@ def checkpoint_of_a_layer_pattern() -> dict[str, list[str]]:
     return save_and_load({"dense_layers": (0, -1)})
 
 
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """The message of the ValueError that the call raises on this rank."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
 @case
 def dense_checkpoint_into_sparsek_and_back() -> dict[str, Any]:
+    """A dense model saved as Megatron-LM does, with its optimizer; loaded with and without a virtual pipeline."""
     answer: dict[str, Any] = {}
-    for stacked in (True, False):
-        folder, exported = shared_folder(), shared_folder()
+    for stacked, vpp in ((True, 2), (False, None)):
+        folder, exported = shared_folder(), shared_folder() / "dense" / "iter_0000001"
+        per_layer = {"hetereogenous_dist_checkpoint": not stacked}
         with parallel(tp=2), cuda_to_cpu():
-            dense = stage_model(dense=True, hetereogenous_dist_checkpoint=not stacked)
+            training = Training(stock_spec, SparseKConfig(**SPARSEK), num_layers=4, **per_layer)
+            dense = training.chunks[0].module
             randomise(dense)
+            training.optimizer.reload_model_params()
+            training.step(0)
             want = whole(dense)
-            dist_checkpointing.save(dense.sharded_state_dict(), str(folder))
-        with parallel(tp=2, pp=2, seed=5), cuda_to_cpu():
-            model = stage_model(sequence_parallel=True, sparsek={"dense_layers": (1,)})
-            before = whole(model)
-            initialised = load_dense_checkpoint(model, folder)
-            got = whole(model)
+            common = {"args": argparse.Namespace(iteration=1), "checkpoint_version": 3.0, "iteration": 1}
+            state = training.sharded_state_dict()
+            optimizer_first = {"optimizer": state["optimizer"], **common, "model": state["model"]}
+            dist_checkpointing.save(optimizer_first, str(folder))
+        with parallel(tp=2, pp=2, vpp=vpp, seed=5), cuda_to_cpu():
+            chunks = stage_models(vpp, sequence_parallel=True, sparsek={"dense_layers": (1,)})
+            before = whole(*chunks)
+            initialised = load_dense_checkpoint(chunks, folder)
+            got = whole(*chunks)
             scorers = {n: t for n, t in got.items() if "scorer" in n}
+            other = stage_models(vpp, sequence_parallel=True, ffn_hidden_size=64)
             answer[f"stacked={stacked}"] = {
                 "dense": different({n: t for n, t in got.items() if n not in scorers}, want),
                 "scorers": different(scorers, {n: t for n, t in before.items() if "scorer" in n}),
                 "initialised": initialised,
+                "another_model": refusal(load_dense_checkpoint, other, folder),
+                "some_chunks": refusal(save_dense_checkpoint, chunks[0], exported) if vpp else "",
             }
-            save_dense_checkpoint(model, exported, stacked=stacked)
+            save_dense_checkpoint(chunks, exported, stacked=stacked)
         with parallel(tp=1, seed=6), cuda_to_cpu():
-            again = stage_model(dense=True, hetereogenous_dist_checkpoint=not stacked)
+            again = stage_model(dense=True, **per_layer)
             again.load_state_dict(dist_checkpointing.load(again.sharded_state_dict(), str(exported)))
             answer[f"stacked={stacked}"]["exported"] = different(whole(again), want)
     return answer

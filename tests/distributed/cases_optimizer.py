@@ -18,10 +18,6 @@ from worker import case
 from sparsek_megatron import SparseKConfig, get_sparsek_block_spec
 
 SPARSEK = SparseKConfig(topk=5, window=5, stride=4, pool=12, reference_length=32)
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
 BEFORE, AFTER = 3, 3
 
 
@@ -56,22 +52,6 @@ def training(**changes: Any) -> Training:
     return Training(spec, SPARSEK, num_layers=2, **changes)
 
 
-def sharded(made: Training, *, optimizer: bool = True, loading: bool = False) -> dict[str, Any]:
-    """Model and, where asked for, optimizer as one sharded state dict.
-
-    To load, the optimizer must have state already: torch's Adam, which stands in for Apex's here, makes it in a step.
-    """
-    metadata = dict(METADATA)  # megatron-core adds the process group of the moment
-    model = made.chunks[0].module.sharded_state_dict(metadata=metadata)
-    if not optimizer:
-        return {"model": model}
-    if loading:
-        for part in getattr(made.optimizer, "chained_optimizers", [made.optimizer]):
-            part._init_optimizer_states_with_dummy_values()
-    state = made.optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=metadata)
-    return {"model": model, "optimizer": state}
-
-
 def steps(made: Training, first: int, count: int) -> dict[str, list[float]]:
     """Losses and gradient norms of the steps `first`, `first + 1`, ..."""
     losses, norms = [], []
@@ -91,7 +71,7 @@ def optimizer_state_saved_at_tp2() -> dict[str, Any]:
         randomise(made.chunks[0].module)
         made.optimizer.reload_model_params()
         steps(made, 0, BEFORE)
-        dist_checkpointing.save(sharded(made), str(folder))
+        dist_checkpointing.save(made.sharded_state_dict(), str(folder))
         answer["uninterrupted"] = steps(made, BEFORE, AFTER)
     for name, (tp, changes) in {
         "tp1": (1, {}),
@@ -102,7 +82,8 @@ def optimizer_state_saved_at_tp2() -> dict[str, Any]:
         with parallel(tp=tp, seed=99), cuda_to_cpu():
             made = training(**changes)
             whole = not name.endswith("optimizer")
-            state: Any = dist_checkpointing.load(sharded(made, optimizer=whole, loading=True), str(folder))
+            wanted = made.sharded_state_dict(optimizer=whole, loading=True)
+            state: Any = dist_checkpointing.load(wanted, str(folder))
             made.chunks[0].module.load_state_dict(state["model"])
             if whole:
                 with torch_adam_loads():

@@ -22,6 +22,10 @@ from sparsek_megatron.optimizer import scorer_config_overrides
 
 LENGTH = 32
 MICRO_BATCHES = 2
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 class Training:
@@ -138,3 +142,19 @@ class Training:
         updated, self.grad_norm, _ = self.optimizer.step()
         assert updated
         return loss
+
+    def sharded_state_dict(self, *, optimizer: bool = True, loading: bool = False) -> dict[str, Any]:
+        """The model without virtual stages and, where asked for, the optimizer as one sharded state dict.
+
+        To load, the optimizer must have state already: torch's Adam, which stands in for Apex's here, makes it in a
+        step.
+        """
+        metadata = dict(METADATA)  # megatron-core adds the process group of the moment
+        model = self.chunks[0].module.sharded_state_dict(metadata=metadata)
+        if not optimizer:
+            return {"model": model}
+        if loading:
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                part._init_optimizer_states_with_dummy_values()
+        state = self.optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=metadata)
+        return {"model": model, "optimizer": state}

@@ -24,6 +24,10 @@ def test_a_dense_checkpoint_loads_into_sparsek_and_exports_back_bitwise(launched
     assert answer["dense"] == [], "everything but the scorers is the dense model's"
     assert answer["scorers"] == [], "the scorers keep their initial values"
     assert answer["initialised"]
+    assert "is not a dense checkpoint of this model: " in answer["another_model"]
+    assert "\n" not in answer["another_model"]
+    if layers == "stacked=True":  # with a virtual pipeline
+        assert "got 1 of the 2 model chunks" in answer["some_chunks"]
     assert answer["exported"] == []
 
 
