@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import math
 from pathlib import Path
 
+from sparsek_megatron.errors import UserError, report_user_errors
+from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.planning import H200, MODELS, Machine, Run, best_layout
-from sparsek_megatron.planning.search import calibrate
+from sparsek_megatron.planning.search import calibrate, layouts
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument(
@@ -33,13 +34,30 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--fast-gb", type=float, default=H200.fast / 1e9, help="GB/s per GPU within a node")
     parser.add_argument("--slow-gb", type=float, default=H200.slow / 1e9, help="GB/s per GPU between nodes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    numbers = {
+        "--gpus": args.gpus,
+        "--tokens": args.tokens,
+        "--batch-tokens": [args.batch_tokens],
+        "--fast-gb": [args.fast_gb],
+        "--slow-gb": [args.slow_gb],
+    }
+    for flag, values in numbers.items():
+        for value in values:
+            if not 0 < value < math.inf:
+                parser.error(f"{flag} {value}: must be greater than 0")
+    return args
 
 
-def calibrated(args: argparse.Namespace, machine: Machine) -> Machine:
+def calibrated(results: Path, machine: Machine) -> Machine:
     """The machine fitted to measured steps, with its error at each of them printed."""
-    rows = list(csv.DictReader(args.calibrate.open(newline="")))
-    fitted, compared = calibrate(rows, MODELS["7B"], machine)
+    try:
+        with results.open(newline="") as file:
+            fitted, compared = calibrate(list(csv.DictReader(file)), MODELS["7B"], machine)
+    except OSError as err:
+        raise UserError(f"--calibrate {results}: cannot read it ({err.strerror})") from None
+    except ValueError as err:
+        raise UserError(f"--calibrate {results}: {err}") from None
     print(
         f"calibrated: matrix products at {fitted.matmul:.0%} of {machine.peak / 1e12:.0f} TFLOP/s, "
         f"{fitted.fast / 1e9:.0f} GB/s within a node, {fitted.exchange * 1e3:.2f} ms a collective of an exchange"
@@ -54,7 +72,7 @@ def main() -> None:
     args = parse()
     machine = dataclasses.replace(H200, fast=args.fast_gb * 1e9, slow=args.slow_gb * 1e9)
     if args.calibrate:
-        machine = calibrated(args, machine)
+        machine = calibrated(args.calibrate, machine)
     print(
         "| model | GPUs | tokens | tp | cp | pp | dp | ZeRO | recompute | tokens/s/GPU | communication | bubble | GiB |"
     )
@@ -62,11 +80,14 @@ def main() -> None:
     for name in args.models:
         for gpus in args.gpus:
             for tokens in args.tokens:
-                run = Run(tokens, max(args.batch_tokens, tokens))
-                plan = best_layout(MODELS[name], run, gpus, machine)
+                model, run = MODELS[name], Run(tokens, max(args.batch_tokens, tokens))
+                plan = best_layout(model, run, gpus, machine)
                 where = f"| {name} | {gpus:,} | {tokens:,} |"
                 if plan is None:
-                    print(f"{where} does not fit | | | | | | | | | |")
+                    reason = "does not fit"
+                    if not layouts(model, run, gpus, machine):
+                        reason = f"no layout divides {run.sequences:,} sequences and {model.layers} layers"
+                    print(f"{where} {reason} | | | | | | | | | |")
                     continue
                 at, cost = plan.layout, plan.cost
                 talking = (cost.tensor + cost.context + cost.pipeline + cost.data) / cost.seconds
@@ -79,4 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()

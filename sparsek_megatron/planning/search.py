@@ -75,6 +75,9 @@ def _with_constants(machine: Machine, constants: Sequence[float]) -> Machine:
     return dataclasses.replace(machine, matmul=matmul, fast=fast, exchange=constants[2])
 
 
+MEASURED = ("side", "tp", "cp", "tokens", "layers", "recompute", "step_ms")
+
+
 def calibrate(
     rows: Sequence[Mapping[str, str]], model: Model, machine: Machine
 ) -> tuple[Machine, list[tuple[str, float, float]]]:
@@ -82,11 +85,14 @@ def calibrate(
     relative errors, and for every row (name, measured seconds, predicted seconds). A constant that no row depends on
     (`exchange` without context parallelism) keeps its value. model: any number of layers, each row has its own.
 
-    Raises ValueError where there is no row of one GPU.
+    Raises ValueError where a column is missing, or there is no row of one GPU.
     """
+    missing = next((name for row in rows for name in MEASURED if row.get(name) is None), None)
+    if missing is not None:
+        raise ValueError(f"a row without {missing}: not results.csv of examples/benchmark_scaling.py")
     measured = [row for row in rows if row["side"] == "sparsek" and row["step_ms"] != "out of memory"]
     if not any(row["tp"] == row["cp"] == "1" for row in measured):
-        raise ValueError("results.csv has no sparsek row of one GPU (tp = cp = 1): measure --meshes 1x1 too")
+        raise ValueError("no sparsek row of one GPU (tp = cp = 1): measure --meshes 1x1 too")
 
     def predicted(row: Mapping[str, str], on: Machine) -> float:
         tokens, tp, cp = (int(row[name]) for name in ("tokens", "tp", "cp"))

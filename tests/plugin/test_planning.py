@@ -131,6 +131,12 @@ def test_calibration_leaves_alone_what_no_row_depends_on() -> None:
         calibrate(rows_of(machine, [(2, 1)]), MODELS["7B"], H200)
 
 
+def plan(*flags: str) -> subprocess.CompletedProcess[str]:
+    """The example's run with these flags."""
+    program = Path(__file__).parents[2] / "examples" / "plan_parallelism.py"
+    return subprocess.run([sys.executable, str(program), *flags], capture_output=True, text=True, timeout=120)
+
+
 def test_the_example_prints_a_row_for_each_case_and_the_errors(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     rows = rows_of(H200, [(1, 1), (2, 1)])
@@ -138,20 +144,31 @@ def test_the_example_prints_a_row_for_each_case_and_the_errors(tmp_path: Path) -
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    program = Path(__file__).parents[2] / "examples" / "plan_parallelism.py"
-    flags = [
-        "--models",
-        "7B",
-        "--gpus",
-        "8",
-        "64",
-        "--tokens",
-        "131072",
-        "--calibrate",
-        str(results),
-    ]
-    done = subprocess.run([sys.executable, str(program), *flags], capture_output=True, text=True, timeout=120)
+    done = plan("--models", "7B", "--gpus", "8", "64", "--tokens", "131072", "--calibrate", str(results))
     assert done.returncode == 0, done.stderr
     assert f"matrix products at {H200.matmul:.0%}" in done.stdout
     assert done.stdout.count("| 7B |") == 2
     assert "(+0.0%)" in done.stdout
+
+
+def test_the_example_tells_what_does_not_divide_from_what_does_not_fit() -> None:
+    done = plan("--models", "7B", "405B", "--gpus", "8", "24", "--tokens", "131072")
+    lines = [line for line in done.stdout.splitlines() if "| 131,072 |" in line]
+    assert "| 7B | 24 | 131,072 | no layout divides 128 sequences and 32 layers |" in lines[1]
+    assert "| 405B | 8 | 131,072 | does not fit |" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gpus", "8", "0"), "--gpus 0: must be greater than 0"),
+        (("--tokens", "0"), "--tokens 0: must be greater than 0"),
+        (("--slow-gb", "nan"), "--slow-gb nan: must be greater than 0"),
+        (("--calibrate", "nofile.csv"), "--calibrate nofile.csv: cannot read it (No such file or directory)"),
+        (("--calibrate", __file__), "a row without side: not results.csv of examples/benchmark_scaling.py"),
+    ],
+)
+def test_bad_flags_of_the_example_end_in_one_line(flags: tuple[str, ...], words: str) -> None:
+    done = plan(*flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and done.stderr.count("\n") == 1
