@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 EXIT_USAGE = 2
+EXIT_UNREAD = 128 + signal.SIGPIPE
 _UNWRITABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -62,7 +63,7 @@ def report_user_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         _forget_unread_output()
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(EXIT_UNREAD)
     except OSError as err:
         message = describe_os_error(err)
         if message is None:

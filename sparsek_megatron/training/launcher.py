@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sparsek_megatron.errors import EXIT_USAGE, UserError
+from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, UserError
 from sparsek_megatron.training.stopping import release_signals
 
 
@@ -68,7 +68,7 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
 
     Each process gets its share of the cores in OMP_NUM_THREADS. SIGUSR1, which ends a run after a checkpoint, is passed
     on to them, until they have ended. Exits with the first failing process's code; a process that ended with a one-line
-    report of a user's error needs no more said about it.
+    report of a user's error, or because nobody reads its output, needs no more said about it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -88,7 +88,8 @@ def launch(program: str, argv: Sequence[str], processes: int) -> None:
         sys.exit(128 + err.sigval)
     except ChildFailedError as err:
         codes = {failure.exitcode for failure in err.failures.values()}
-        if EXIT_USAGE in codes:
-            sys.exit(EXIT_USAGE)
+        for code in (EXIT_USAGE, EXIT_UNREAD):
+            if code in codes:
+                sys.exit(code)
         print(f"error: a training process failed (exit codes {sorted(codes)}); its output is above", file=sys.stderr)
         sys.exit(1)
