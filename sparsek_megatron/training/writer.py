@@ -130,9 +130,10 @@ class CheckpointWriter:
     def _publish(self, prefix: str, step: int) -> str:
         folder, final = self.folder(step), self._root / checkpoint_name(step)
         try:
+            # Of all ranks before one failure ends it: the folder is removed then, and none may still be writing there.
+            answers = [json.loads(self._get(f"{prefix}/{rank}")) for rank in range(self._machine.world_size)]
             records: dict[str, FileRecord] = {}
-            for rank in range(self._machine.world_size):
-                told = json.loads(self._get(f"{prefix}/{rank}"))
+            for told in answers:
                 if "error" in told:
                     raise UserError(told["error"])
                 records |= {name: FileRecord(**record) for name, record in told["files"].items()}

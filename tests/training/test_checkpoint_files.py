@@ -4,12 +4,14 @@
 import json
 import os
 import pickle
+import time
 from enum import Enum
 
 import pytest
 import torch
 
 from sparsek_megatron.errors import UserError
+from sparsek_megatron.training import writer as writer_module
 from sparsek_megatron.training.checkpoint import safe_load
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.parallel import Machine
@@ -110,6 +112,22 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def test_what_was_half_written_is_removed_when_no_rank_writes_any_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "_numbers", iter([0]))
+    store = torch.distributed.HashStore()
+    first = CheckpointWriter(tmp_path, Machine(0, 2, torch.device("cpu"), store), keep_last_n=0, timeout_seconds=10)
+    first.folder(3).mkdir()
+    first.begin(3, {"no/such/folder.pt": {}}, ready=lambda: None)
+    while not store.check(["checkpoint_0/0"]):  # the first rank has failed
+        time.sleep(0.01)
+    time.sleep(0.1)
+    (first.folder(3) / "of_the_second_rank.pt").write_bytes(b"still being written")
+    store.set("checkpoint_0/1", json.dumps({"files": {}}))
+    with pytest.raises(UserError, match=r"checkpoint of step 3 not written: .*there is no earlier checkpoint"):
+        first.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_pickled_code_is_run(tmp_path):
