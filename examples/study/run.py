@@ -145,14 +145,6 @@ def _report(run: Run, result: Callable[[], object], began: float) -> bool:
     return outcome != "done"
 
 
-def _settings(run: Run) -> dict[str, Any] | None:
-    """What the log of a finished run says it trained, apart from the table it was trained for."""
-    if not (_finished(run) and run.weights.is_file()):
-        return None
-    settings = json.loads(run.log.read_text().splitlines()[0])
-    return {name: value for name, value in settings.items() if name != "table"}
-
-
 def _take(runs: list[Run], source: Path) -> None:
     """Copy finished runs that other arms start from, log and weights, from the folder of another table.
 
@@ -161,14 +153,13 @@ def _take(runs: list[Run], source: Path) -> None:
     """
     for run in (run for run in runs if not _finished(run)):
         other = dataclasses.replace(run, folder=source)
-        found = _settings(other)
-        if found is None:
+        if not (_finished(other) and other.weights.is_file()):
             raise UserError(f"--pretrained {source}: no finished {run.arm.name}, seed {run.seed}, with weights there")
-        length = run.arm.length or run.settings.length
+        found = json.loads(other.log.read_text().splitlines()[0])
         asked = {
             "arm": json.loads(json.dumps(dataclasses.asdict(run.arm))),
             "model": dataclasses.asdict(run.settings.model),
-            "length": length,
+            "length": run.arm.length or run.settings.length,
             "learning_rate": run.settings.learning_rate * run.arm.rate,
         }
         for name, value in asked.items():

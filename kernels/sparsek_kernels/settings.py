@@ -9,11 +9,10 @@ MAX_POOL = 1 << 14
 """Largest pool for which thresholds are exact (`selection.threshold`): 2^14 numbers below 2^38 need 52 bits."""
 
 
-def require_int(name: str, value: object) -> int:
-    """`value`, an int of at least 1, or ValueError."""
+def require_int(name: str, value: object) -> None:
+    """ValueError unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    return value
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

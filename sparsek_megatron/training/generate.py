@@ -13,8 +13,7 @@ from sparsek_megatron.errors import UserError
 from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.training.arguments import FIELDS, TrainingConfig
 from sparsek_megatron.training.launcher import is_launched, launch, world_size_of_environment
-from sparsek_megatron.training.manifest import check_contents, check_sizes
-from sparsek_megatron.training.run_folder import RUN, candidates, checkpoint_name, read_run
+from sparsek_megatron.training.run_folder import RUN, newest_complete, read_run, warn_passed_over
 
 _STDIN_COPY = "SPARSEK_GENERATE_STDIN"  # launched processes read the launcher's standard input from this file
 _STEP = "SPARSEK_GENERATE_STEP"  # and take the checkpoint that the launcher has checked and chosen
@@ -130,21 +129,13 @@ def newest_with_weights(folder: str) -> int:
     Raises:
         UserError: there is no such checkpoint.
     """
-    steps, problem = candidates(folder)
-    problems = [problem] if problem else []
-    for step in steps:
-        path = Path(folder) / checkpoint_name(step)
-        weights = [file.name for file in path.glob("mp_rank_*_model_states.pt")]
-        problem = check_sizes(path) or check_contents(path, names=(RUN, *weights))
-        if problem is None:
-            if os.environ.get("RANK", "0") == "0":
-                for line in problems:
-                    print(f"warning: {line}; it is passed over", file=sys.stderr)
-            return step
-        problems.append(f"{path}: {problem}")
-    if problems:
+    step, problems = newest_complete(folder, checksummed=(RUN, "mp_rank_*_model_states.pt"))
+    if step is None and problems:
         raise UserError(f"--load {folder}: no checkpoint there is intact ({'; '.join(problems)[:400]})")
-    raise UserError(f"--load {folder}: holds no checkpoint; give the --save folder of a run")
+    if step is None:
+        raise UserError(f"--load {folder}: holds no checkpoint; give the --save folder of a run")
+    warn_passed_over(problems)
+    return step
 
 
 def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[tuple[str, str]]:

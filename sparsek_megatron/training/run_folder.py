@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,27 @@ def candidates(folder: str | Path) -> tuple[list[int], str | None]:
     return [step for step in steps if step <= newest], problem
 
 
-def newest_complete(folder: str | Path) -> tuple[int | None, list[str]]:
-    """(step of the newest checkpoint that is complete as far as file sizes tell, its settings by checksum too; None
-    where there is none; what is wrong with those passed over, in words).
+def newest_complete(folder: str | Path, *, checksummed: Sequence[str] = (RUN,)) -> tuple[int | None, list[str]]:
+    """(step of the newest checkpoint that is complete as far as file sizes tell, files that match a pattern of
+    `checksummed` by checksum too; None where there is none; what is wrong with those passed over, in words).
     """
     steps, problem = candidates(folder)
     problems = [problem] if problem else []
     for step in steps:
         path = Path(folder) / checkpoint_name(step)
-        problem = check_sizes(path) or check_contents(path, names=(RUN,))
+        names = [file.name for pattern in checksummed for file in path.glob(pattern)]
+        problem = check_sizes(path) or check_contents(path, names=names)
         if problem is None:
             return step, problems
         problems.append(f"{path}: {problem}")
     return None, problems
+
+
+def warn_passed_over(problems: Sequence[str]) -> None:
+    """Say on the first rank's stderr what was wrong with checkpoints that are passed over."""
+    if os.environ.get("RANK", "0") == "0":
+        for problem in problems:
+            print(f"warning: {problem}; it is passed over", file=sys.stderr)
 
 
 def latest_step(folder: str | Path) -> int | None:
@@ -94,9 +103,7 @@ def latest_step(folder: str | Path) -> int | None:
     step, problems = newest_complete(folder)
     if step is None and problems:
         raise UserError(f"{folder}: no checkpoint there is complete ({'; '.join(problems)[:400]})")
-    if os.environ.get("RANK", "0") == "0":
-        for problem in problems:
-            print(f"warning: {problem}; it is passed over", file=sys.stderr)
+    warn_passed_over(problems)
     return step
 
 
