@@ -134,6 +134,19 @@ def _of_a_scorer(name: str) -> bool:
     return ".scorer." in name or name.endswith(".score_weight")
 
 
+def batch_shape(arm: Arm, table: Table) -> tuple[int, int]:
+    """(sequences, tokens of each) of the arm's training batches."""
+    length = arm.length or table.length
+    return max(1, table.tokens_per_step // length), length
+
+
+def stepper_for(model: GPTModel, arm: Arm, table: Table, *, eager: bool = False) -> Stepper:
+    """The arm's training steps."""
+    model.train()
+    optimizer = Optimizer(model, table.learning_rate * arm.rate, arm.sparsek.scorer_lr_mult)
+    return Stepper(model, optimizer, *batch_shape(arm, table), eager=eager)
+
+
 def _write(stream: TextIO, kind: str, **values: Any) -> None:
     stream.write(json.dumps({"kind": kind, **values}) + "\n")
     stream.flush()
@@ -146,10 +159,8 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
     model = build(arm, table, data.vocabulary, device)
     if arm.start is not None:
         _start_from(model, log_path(run.folder, arm.start, run.seed).with_suffix(".pt"), device)
-    model.train()
     steps = max(1, round(table.steps * arm.part_of_steps))
-    length = arm.length or table.length
-    size = max(1, table.tokens_per_step // length)
+    size, length = batch_shape(arm, table)
     _write(
         stream,
         "settings",
@@ -166,8 +177,7 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
         torch=torch.__version__,
         corpus=getattr(data, "corpus", type(data).__name__),
     )
-    optimizer = Optimizer(model, table.learning_rate * arm.rate, arm.sparsek.scorer_lr_mult)
-    stepper = Stepper(model, optimizer, size, length, eager=run.eager)
+    stepper = stepper_for(model, arm, table, eager=run.eager)
     began, reached, a_step = time.time(), 0.0, 0.0 if pace is not None else 1 / steps
     while stepper.taken < steps if pace is None else reached < 1:
         chunk = CHUNK if pace is not None else min(CHUNK, steps - stepper.taken)
@@ -181,7 +191,7 @@ def _train(run: Run, pace: Pace | None, stream: TextIO) -> None:
     layers: Any = model.decoder.layers
     slopes = [layer.self_attention.scorer.slope for layer in layers]
     _write(stream, "slopes", layers=[None if slope is None else slope.tolist() for slope in slopes])
-    del stepper, optimizer  # and with them the graph's memory
+    del stepper  # and with it the optimizer and the graph's memory
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -216,3 +216,33 @@ def test_a_table_runs_and_continues(
     shutil.rmtree(tmp_path / "ablations-genome-micro")
     with pytest.raises(UserError, match="length was 65 there and is 64 here"):
         run.main([*more, str(folder)])
+
+
+@pytest.mark.usefixtures("megatron")
+def test_overhead_of_each_arm_is_measured_against_the_reference(
+    study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import csv
+
+    import overhead
+
+    out = tmp_path / "new" / "overhead.csv"
+    command = ["budget_4k", "--micro", "--steps", "1", "--repeats", "2", "--out", str(out)]
+    with pytest.raises(UserError, match="--arms pretrained: no arm of budget_4k; it has dense, window 256"):
+        overhead.main([*command, "--arms", "pretrained"])
+    assert overhead.main([*command, "--arms", "^dense|^window 256|^pretrained|key_value$"]) == 0
+    with open(out, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["arm"] for row in rows] == ["window 256", "dense", "SparseK key_value"], "the reference first"
+    base = float(rows[0]["step_ms"])
+    assert float(rows[0]["times_reference"]) == 1
+    for row in rows:
+        step = float(row["step_ms"])
+        assert 0 < float(row["step_ms_min"]) <= step <= float(row["step_ms_max"])
+        assert float(row["times_reference"]) == pytest.approx(step / base)
+        assert float(row["tokens_per_second"]) == pytest.approx(1e3 * 512 / step), "two sequences of 256"
+        assert row["peak_mib"] == "", "no GPU, no measurement"
+    assert capsys.readouterr().out.count(" tokens/s  ") == 3
+    assert overhead.main([*command, "--arms", "^dense"]) == 0
+    with open(out, newline="") as stream:
+        assert [row["times_reference"] for row in csv.DictReader(stream)] == [""], "nothing to compare with"
