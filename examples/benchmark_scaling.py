@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
+from sparsek_megatron.memory import use_tiled_mlp
 from sparsek_megatron.specs import to_sparsek
 
 COLUMNS: tuple[str, ...] = (
@@ -79,7 +80,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--cp-comm-type", default="p2p", choices=("p2p", "a2a"))
     parser.add_argument("--recompute", action="store_true", help="keep only each layer's input")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--mlp-tile-tokens", type=int, metavar="N", help="compute MLPs in tiles of N tokens, where memory needs it"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument(
+        "--no-profile", action="store_true", help="leave the profiled step, and the communication times, out"
+    )
     parser.add_argument("--out", type=Path, default=Path("scaling"))
     return parser.parse_args()
 
@@ -151,7 +159,8 @@ def build(args: argparse.Namespace, side: str, tp: int, cp: int, device: torch.d
         spec = dataclasses.replace(
             spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
         )
-    return TransformerBlock(config, spec, post_layer_norm=False).to(device)
+    block = TransformerBlock(config, spec, post_layer_norm=False).to(device)
+    return block if args.mlp_tile_tokens is None else use_tiled_mlp(block, tile_tokens=args.mlp_tile_tokens)
 
 
 def elapsed(step: Callable[[], None], device: torch.device, repeats: int) -> float:
@@ -239,7 +248,7 @@ def measure(
         attention: Any = block.layers[0].self_attention
         attention.scores(x).sum().backward()
 
-    for _ in range(2):
+    for _ in range(args.warmup):
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -249,7 +258,7 @@ def measure(
     if side == "sparsek":
         score()
         scoring = elapsed(score, device, args.steps) * args.layers
-    exposed, transfer = communication(step, device)
+    exposed, transfer = (None, None) if args.no_profile else communication(step, device)
     with CollectiveTraffic() as traffic:
         step()
     largest = torch.tensor([milliseconds, scoring, exposed or 0.0, peak], device=device)

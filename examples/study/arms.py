@@ -70,7 +70,7 @@ class Model:
 class Table:
     """Arms that train on the same batches.
 
-    data            "text", "passkey", "recall", "recall_many", "lookup", "genome" or "series" (`data.py`)
+    data            "text", "passkey", "recall", "lookup", "lookup_many", "genome" or "series" (`data.py`)
     eval_lengths    lengths that the trained model is evaluated at; none means the training length
     evaluation_tokens  held-out tokens of each evaluation
     far             positions from here on count as "beyond the window"; for recall tasks distances
@@ -173,7 +173,7 @@ def ablations() -> tuple[Arm, ...]:
 
 def sloped(slope: float, topk: int, window: int, gate: str = "key_value") -> Arm:
     """SparseK whose position slope starts at `slope`: a key's score falls by 1 in L_ref / slope tokens of age."""
-    name = f"SparseK {gate}, scorer rate x 10, slope {slope:g}"
+    name = f"SparseK {gate} {topk} + {window}, slope {slope:g}"
     return learned(name, topk, window, 64, gate=gate, scorer_lr_mult=10.0, initial_slope=slope)
 
 
@@ -234,25 +234,34 @@ TABLES: dict[str, Table] = {
         reference=BASE,
     ),
     "slope_4k": Table(
-        "Position slope: dense at 1,024 tokens, then 256 keys at 4,096",
+        "Position slope and split: dense at 1,024 tokens, then 256 keys (or 512) at 4,096",
         longer(
             (
+                fixed("dense", "dense", 128, 128, 64),
                 fixed("window 256", "recent", 128, 128, 64),
+                fixed("window 128 + random 128", "random", 128, 128, 64),
                 *(sloped(slope, 128, 128) for slope in (0.0, 4.0, 16.0, 64.0)),
+                sloped(0.0, 64, 192),
+                *(sloped(16.0, topk, 256 - topk) for topk in (64, 32)),
                 sloped(16.0, 128, 128, gate="value"),
-                learned("SparseK hard, slope 16", 128, 128, 64, hard_selection=True, initial_slope=16.0),
+                learned("SparseK hard 128 + 128, slope 16", 128, 128, 64, hard_selection=True, initial_slope=16.0),
+                fixed("window 512", "recent", 256, 256, 64),
+                *(sloped(16.0, topk, 512 - topk) for topk in (256, 128)),
             )
         ),
         model=PRETRAINED,
+        eval_lengths=(4096, 65_536),
         reference="window 256",
     ),
     "slope_16k": Table(
-        "Position slope: dense at 1,024 tokens, then 512 keys at 16,384",
+        "Position slope and split: dense at 1,024 tokens, then 512 keys at 16,384",
         longer(
             (
                 fixed("dense", "dense", 256, 256, 64),
                 fixed("window 512", "recent", 256, 256, 64),
-                *(sloped(slope, 256, 256) for slope in (32.0, 64.0)),
+                fixed("window 256 + random 256", "random", 256, 256, 64),
+                *(sloped(slope, 256, 256) for slope in (16.0, 64.0, 256.0)),
+                *(sloped(64.0, topk, 512 - topk) for topk in (128, 64)),
             )
         ),
         length=16_384,
@@ -260,13 +269,13 @@ TABLES: dict[str, Table] = {
         far=2048,
         reference="window 512",
     ),
-    "passkey": recall_table("Passkey among 1,024 tokens", "passkey", 1024),
+    "passkey": recall_table("Passkey, shown as one token among 1,024", "passkey", 1024),
     "recall": recall_table("Associative recall: 24 pairs among 512 tokens", "recall", 512),
     "lookup": recall_table(
         "Associative recall, a pair shown as one token: 24 pairs among 512 tokens", "lookup", 512
     ),
-    "recall_many": recall_table(
-        "Associative recall: 96 pairs, more than topk can hold, among 1,024 tokens", "recall_many", 1024
+    "lookup_many": recall_table(
+        "Associative recall: 96 pairs, more than topk can hold, among 1,024 tokens", "lookup_many", 1024
     ),
     "genome": Table(
         "Genome-like sequences of 3,000 bases", equal_budget(128, 128, 32), data="genome", length=3000

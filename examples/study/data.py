@@ -321,7 +321,7 @@ class Series(Drawn):
         return Batch(torch.from_numpy(levels), torch.ones(size, length))
 
 
-RECALL = {"passkey": (1, False), "recall": (24, False), "recall_many": (96, False), "lookup": (24, True)}
+RECALL = {"passkey": (1, True), "recall": (24, False), "lookup": (24, True), "lookup_many": (96, True)}
 NAMES = ("text", *RECALL, "genome", "series")
 
 

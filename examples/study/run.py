@@ -60,7 +60,7 @@ def micro_arm(arm: Arm) -> Arm:
 
 def micro(table: Table) -> Table:
     """The table small enough to check on a CPU that it runs; its numbers mean nothing."""
-    length = table.length if table.data == "recall_many" else max(256, table.length // 16)
+    length = table.length if table.data == "lookup_many" else max(256, table.length // 16)
     return dataclasses.replace(
         table,
         arms=tuple(micro_arm(arm) for arm in table.arms),
