@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The selection kernels: bitwise equal to the torch path, in Triton's interpreter here and compiled on a GPU."""
 
+import weakref
+
 import pytest
 import torch
 from sparsek_kernels import select
@@ -104,6 +106,27 @@ def test_compiles_without_graph_breaks(tiny):
     actual = torch.compile(thresholds, backend="aot_eager", fullgraph=True)(scores)
     for a, b in zip(actual, thresholds(scores), strict=True):
         assert torch.equal(a, b)
+
+
+def test_blocks_and_lists_are_gone_when_the_intervals_are_written(tiny, monkeypatch):
+    """Their memory serves the intervals: at its peak a call holds one of the two."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made, alive = {}, {}
+    add, launch = call.Parts.add, call.Launch.__call__
+
+    def remember(parts, buffers, tensor, addresses):
+        made.update(dict.fromkeys(parts.at, weakref.ref(tensor)))
+        add(parts, buffers, tensor, addresses)
+
+    def look(self, buffers):
+        alive[self.kernel.__name__] = {name for name, tensor in made.items() if tensor() is not None}
+        launch(self, buffers)
+
+    monkeypatch.setattr(call.Parts, "add", remember)
+    monkeypatch.setattr(call.Launch, "__call__", look)
+    select(torch.randn(1, 200, 1, device=device), topk=3, window=5, stride=7, pool=9, backend="triton")
+    work = {"x", "y", "sums", "useful"}
+    assert work <= alive["walk"] and not work & alive["intervals"]
 
 
 def gpu_scores(kind: str, n: int, heads: int, scale: float = 1.0) -> torch.Tensor:

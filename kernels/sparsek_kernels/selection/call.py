@@ -199,10 +199,10 @@ class Call:
         work = empty(self.work.bytes, dtype=torch.uint8)
         addresses = self.intervals.compiled is not None
         buffers: dict[str, Any] = {"scores": scores, "size": sizes, "lists": lists}
-        for parts, tensor in (
-            (self.carries, scratch), (self.bounds, scratch), (self.thresholds, thresholds), (self.work, work)
-        ):  # fmt: skip
-            parts.add(buffers, tensor, addresses)
+        self.carries.add(buffers, scratch, addresses)
+        self.bounds.add(buffers, scratch, addresses)
+        self.thresholds.add(buffers, thresholds, addresses)
+        self.work.add(buffers, work, addresses)
         if cu_seqlens is not None:
             lists.fill_(-1)
             buffers["cu"] = cu_seqlens
