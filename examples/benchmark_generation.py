@@ -57,6 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", default=[1, 32], **numbers)
     parser.add_argument("--prefill-lengths", default=[2**i for i in range(15, 21)], **numbers)
     parser.add_argument("--prefill-piece", type=int, default=32_768, help="tokens of one prefill call")
+    parser.add_argument(
+        "--prefill-layers", type=int, default=8, help="layers that each piece goes through; times are those of one"
+    )
     for name, value in (("layers", 32), ("heads", 32), ("kv-heads", 8), ("head-dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in (("topk", 512), ("window", 512), ("stride", 64)):
@@ -117,20 +120,20 @@ def new_cache(args: argparse.Namespace) -> SparseKCache:
     )
 
 
-def prefill(
-    args: argparse.Namespace, cache: SparseKCache, tokens: int, piece: tuple[torch.Tensor, ...]
-) -> None:
-    """Feed `tokens` tokens: the same rows again and again, with new scores."""
+def prefill(caches: list[SparseKCache], tokens: int, piece: tuple[torch.Tensor, ...]) -> None:
+    """Feed `tokens` tokens to each layer's cache, a piece through all layers before the next, as a model does: the
+    same rows again and again, with new scores."""
     query, key, value, scores = piece
     for start in range(0, tokens, query.shape[1]):
         count = min(query.shape[1], tokens - start)
-        cache.prefill(query[:, :count], key[:, :count], value[:, :count], scores[:, :count].normal_())
+        for cache in caches:
+            cache.prefill(query[:, :count], key[:, :count], value[:, :count], scores[:, :count].normal_())
 
 
 def sparsek(args: argparse.Namespace, context: int, batch: int) -> dict[str, object]:
     """One row of results."""
     cache = new_cache(args)
-    prefill(args, cache, context, random_tokens(args, 1, min(context, args.prefill_piece)))
+    prefill([cache], context, random_tokens(args, 1, min(context, args.prefill_piece)))
     caches = [cache.fork([0] * batch) for _ in range(args.layers)]
     token = random_tokens(args, batch, 1)
 
@@ -238,22 +241,24 @@ def copy_bandwidth() -> float:
 
 
 def measure_prefill(args: argparse.Namespace) -> None:
-    """Print the time of one layer's attention over prompts of growing length, one sequence."""
-    piece = random_tokens(args, 1, args.prefill_piece)
+    """Print the time of a layer's attention over prompts of growing length, one sequence."""
+    piece, layers = random_tokens(args, 1, args.prefill_piece), range(args.prefill_layers)
     for _ in range(2):
-        prefill(args, new_cache(args), 3 * args.prefill_piece, piece)
+        prefill([new_cache(args)], 3 * args.prefill_piece, piece)
     print(
-        f"prefill of one layer in pieces of {args.prefill_piece}: tokens, ms (median, least ... most of "
-        f"{PREFILL_REPEATS}), us per 1,000 tokens, peak GiB",
+        f"prefill of {len(layers)} layers in pieces of {args.prefill_piece}: tokens, ms a layer (median, least ... most "
+        f"of {PREFILL_REPEATS}), us per 1,000 tokens, peak GiB",
         flush=True,
     )
     for tokens in args.prefill_lengths:
-        caches = [new_cache(args) for _ in range(PREFILL_REPEATS)]
         torch.cuda.reset_peak_memory_stats()
-        ms = sorted(elapsed(lambda c=c: prefill(args, c, tokens, piece)) * 1e-3 for c in caches)  # noqa: B023
+        ms = []
+        for _ in range(PREFILL_REPEATS):
+            caches = [new_cache(args) for _ in layers]
+            ms.append(elapsed(lambda: prefill(caches, tokens, piece)) * 1e-3 / len(layers))  # noqa: B023
         median, peak = statistics.median(ms), torch.cuda.max_memory_allocated() / 2**30
         print(
-            f"{tokens} {median:.2f} ({ms[0]:.2f} ... {ms[-1]:.2f}) {median / tokens * 1e6:.1f} {peak:.2f}",
+            f"{tokens} {median:.2f} ({min(ms):.2f} ... {max(ms):.2f}) {median / tokens * 1e6:.1f} {peak:.2f}",
             flush=True,
         )
 
