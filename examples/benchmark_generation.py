@@ -246,8 +246,8 @@ def measure_prefill(args: argparse.Namespace) -> None:
     for _ in range(2):
         prefill([new_cache(args)], 3 * args.prefill_piece, piece)
     print(
-        f"prefill of {len(layers)} layers in pieces of {args.prefill_piece}: tokens, ms a layer (median, least ... most "
-        f"of {PREFILL_REPEATS}), us per 1,000 tokens, peak GiB",
+        f"prefill of {len(layers)} layers in pieces of {args.prefill_piece}: tokens, ms a layer (median, least ... "
+        f"most of {PREFILL_REPEATS}), us per 1,000 tokens, peak GiB",
         flush=True,
     )
     for tokens in args.prefill_lengths:
