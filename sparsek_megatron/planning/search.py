@@ -64,9 +64,11 @@ def best_layout(model: Model, run: Run, gpus: int, machine: Machine) -> Plan | N
 
 
 def layer_seconds(model: Model, tokens: int, tp: int, cp: int, machine: Machine, *, recompute: bool) -> float:
-    """Seconds of forward and backward of all layers on one sequence: what `examples/benchmark_scaling.py` measures."""
+    """Seconds of forward and backward of all layers on one sequence, without the reduction of their gradients: what
+    `examples/benchmark_scaling.py` measures."""
     layout = Layout(tp, cp, 1, 1, recompute=recompute)
-    return estimate(dataclasses.replace(model, vocabulary=0), Run(tokens, tokens), layout, machine).seconds
+    cost = estimate(dataclasses.replace(model, vocabulary=0), Run(tokens, tokens), layout, machine)
+    return cost.seconds - cost.data
 
 
 def _with_constants(machine: Machine, constants: Sequence[float]) -> Machine:

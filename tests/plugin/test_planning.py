@@ -122,6 +122,14 @@ def test_calibration_finds_the_constants_and_reports_the_error_of_every_row() ->
     assert name == "TP=1 CP=1, 131,072 tokens" and -0.2 < predicted / measured - 1 < -0.05
 
 
+def test_measured_layers_reduce_no_gradients() -> None:
+    """benchmark_scaling has no optimizer: its context-parallel ranks keep the gradients that they computed."""
+    model, layout = dataclasses.replace(MODELS["7B"], vocabulary=0), Layout(2, 2, 1, 1)
+    cost = estimate(model, Run(1 << 17, 1 << 17), layout, H200)
+    seconds = layer_seconds(model, 1 << 17, 2, 2, H200, recompute=True)
+    assert seconds == pytest.approx(cost.compute + cost.tensor + cost.context) and cost.data > 0
+
+
 def test_calibration_leaves_alone_what_no_row_depends_on() -> None:
     machine = dataclasses.replace(H200, matmul=0.55, fast=200e9, exchange=2e-3)
     fitted, _ = calibrate(rows_of(machine, [(1, 1)]), MODELS["7B"], H200)
