@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sparsek_kernels import select, sparsek_attention
@@ -94,10 +95,9 @@ def sdpa(backend: SDPBackend) -> Callable[[Case], Side]:
     return make
 
 
-def _flex(case: Case, mask: Callable, heads: int | None, leaves: tuple[torch.Tensor, ...]) -> Side:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(case: Case, block_mask: Any, leaves: tuple[torch.Tensor, ...]) -> Side:
+    from torch.nn.attention.flex_attention import flex_attention
 
-    block_mask = create_block_mask(mask, None, heads, case.tokens, case.tokens, device="cuda", _compile=True)
     torch._dynamo.reset()  # else the ninth length is past its limit of recompilations, and runs unfused
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = case.heads > case.kv_heads
@@ -110,24 +110,50 @@ def _flex(case: Case, mask: Callable, heads: int | None, leaves: tuple[torch.Ten
 
 def flex_window(case: Case) -> Side:
     """flex_attention on a sliding window of the same budget, topk + window contiguous keys."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     width = case.budget
 
     def mask(b, h, i, j):
         return (j <= i) & (i - j < width)
 
-    return _flex(case, mask, None, case.inputs())
+    blocks = create_block_mask(mask, None, None, case.tokens, case.tokens, device="cuda", _compile=True)
+    return _flex(case, blocks, case.inputs())
 
 
 def flex_same(case: Case) -> Side:
     """flex_attention on the very keys of SparseK (without its gates): `j <= i < evict[j]` as a block mask."""
-    group = case.heads // case.kv_heads
     options = {"topk": case.topk, "window": case.window, "stride": case.stride}
     evict = select(case.scores().detach(), **options).evict[0]
+    return _flex(case, eviction_mask(evict, case.heads), case.inputs())
+
+
+def eviction_mask(evict: torch.Tensor, heads: int) -> Any:
+    """The `BlockMask` of `j <= i < evict[j]`, evict [kv_heads, n], for `heads` query heads.
+
+    Which blocks hold a pair follows from the largest eviction of a block of keys, which hold nothing else from the
+    smallest; `create_block_mask` would look at all n^2 pairs of every head.
+    """
+    from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
+
+    kv_heads, n = evict.shape
+    group, size = heads // kv_heads, _DEFAULT_SPARSE_BLOCK_SIZE
+    blocks = -(-n // size)
+    parts = torch.nn.functional.pad(evict, (0, blocks * size - n)).view(kv_heads, 1, blocks, size)
+    row = torch.arange(blocks, device=evict.device)[:, None]
+    before = torch.arange(blocks, device=evict.device) < row
+    full = before & (parts.amin(-1) >= size * (row + 1))
+    some = (before & (parts.amax(-1) > size * row) | (row == row.T)) & ~full
+
+    def listed(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = (~needed).int().argsort(dim=-1, stable=True).int()
+        count = needed.sum(-1, dtype=torch.int32)
+        return tuple(x.repeat_interleave(group, 0)[None].contiguous() for x in (count, order))  # pyright: ignore
 
     def mask(b, h, i, j):
         return (j <= i) & (i < evict[h // group, j])
 
-    return _flex(case, mask, case.heads, case.inputs())
+    return BlockMask.from_kv_blocks(*listed(some), *listed(full), BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(n, n))
 
 
 def nsa(case: Case) -> Side:
