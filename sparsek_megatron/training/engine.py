@@ -14,6 +14,7 @@ from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.model import uses_bf16
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
+from sparsek_megatron.training.zero_step import use_one_norm
 
 
 def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -98,6 +99,7 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
         mpu=DeepSpeedMpu(),
         dist_init_required=False,
     )
+    use_one_norm(engine)
     return engine, name
 
 
