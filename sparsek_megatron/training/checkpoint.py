@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,16 +67,29 @@ class Checkpoints:
         if self._machine.is_first:
             self._writer.clear()
         dist.barrier()
-        collected = _CollectingEngine(self._snapshots)
-        self._engine.checkpoint_engine = collected
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        files = collected.files
+        files = self._snapshot(folder)
         states = rng_states(on_gpu=self._machine.on_gpu)
         files[_rng_file(self._machine.rank)] = self._snapshots.take("rng", states)
         if self._machine.is_first:
             self._write_settings(folder / RUN, step)
         self._writer.begin(step, files, ready=self._snapshots.wait)
         return time.perf_counter() - begun
+
+    def reserve(self) -> None:
+        """Take a snapshot that is not written; for when the optimizer has its state, after the first step.
+
+        Its buffers serve every save: none then waits for memory to be pinned, and too little of it shows at once.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._snapshot(Path(folder) / "unused")
+        self._snapshots.wait()
+
+    def _snapshot(self, folder: Path) -> dict[str, Any]:
+        """DeepSpeed's files of this rank, name to contents, as copies in host memory; it makes the empty folder."""
+        collected = _CollectingEngine(self._snapshots)
+        self._engine.checkpoint_engine = collected
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        return collected.files
 
     def _write_settings(self, path: Path, step: int) -> None:
         settings = dataclasses.asdict(self._config) | {name: getattr(self._config, name) for name in DERIVED}

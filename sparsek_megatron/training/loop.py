@@ -129,6 +129,9 @@ class Trainer:
             if step % config.save_interval == 0 or last or leaving:
                 watchdog.beat(f"the checkpoint of step {step}")
                 self._save(step, skipped=skipped)
+            elif step == start + 1:
+                watchdog.beat("the memory for checkpoints")
+                self.checkpoints.reserve()
             if leaving and not last:
                 if signal and self.report:
                     self.report.line(f"stopped by {signal} after step {step}; with --load, the same command resumes")

@@ -28,7 +28,7 @@ from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import write_whole_lines
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import TrainingConfig, parse
-from sparsek_megatron.training.checkpoint import load
+from sparsek_megatron.training.checkpoint import Checkpoints, load
 from sparsek_megatron.training.engine import build_engine, hyperparameters
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, token_losses
@@ -104,8 +104,11 @@ def trajectory(
         load(first.engine, config, machine, step=start_at)
     if dump:
         save_state(first.engine, machine, dump)
+    reserved = remember_reserved(first.checkpoints)
     first.train(start_at, StopRequest())
     shared = shared_weights_are_equal(first.engine.module)
+    buffers = first.checkpoints._snapshots._buffers.items()
+    used = {key: buffer for key, buffer in buffers if key[0] != "rng" and buffer.dim()}  # numbers change their type
     if resume_at is not None:
         recorder.records.append("resumed")
         again = trainer()
@@ -118,7 +121,23 @@ def trajectory(
         load(engine, changed, machine, step=saved)
         groups = hyperparameters(engine)
     parallel.shutdown()
-    return {"records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups}
+    return {
+        "records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups,
+        "buffers": len(used), "reserved": sum(reserved.get(key) is buffer for key, buffer in used.items()),
+    }  # fmt: skip
+
+
+def remember_reserved(checkpoints: Checkpoints) -> dict[Any, torch.Tensor]:
+    """Fills with the snapshots' buffers as `reserve` leaves them."""
+    buffers: dict[Any, torch.Tensor] = {}
+    reserve = checkpoints.reserve
+
+    def remember() -> None:
+        reserve()
+        buffers.update(checkpoints._snapshots._buffers)
+
+    checkpoints.reserve = remember
+    return buffers
 
 
 def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:

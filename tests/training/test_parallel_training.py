@@ -99,6 +99,11 @@ def test_norm_and_scorer_weights_stay_bitwise_equal_over_tensor_parallel_ranks(r
     assert results[layout]["shared_weights_are_equal"]
 
 
+@pytest.mark.parametrize("layout", ["one", "zero0", "zero1", "zero2", "zero3", "sp_zero1", "sp_zero3"])
+def test_the_buffers_of_every_save_are_there_after_the_first_step(results, layout):
+    assert results[layout]["reserved"] == results[layout]["buffers"] > 10
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_resumes_bitwise(results, stage):
     records = results[f"zero{stage}"]["records"]
