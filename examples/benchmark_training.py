@@ -38,6 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, help="with sequence parallelism above 1"
     )
+    parser.add_argument(
+        "--context-parallel-size", type=int, default=1,
+        help="of the sparsek arm; the others have none: those ranks shard their heads and MLPs instead",
+    )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--topk", type=int, default=512)
     parser.add_argument("--window", type=int, default=512)
@@ -121,7 +125,10 @@ class Benchmark:
                 if name not in names:
                     raise UserError(f"{flag} {name}: must be among {', '.join(names)}")
         profiles = torch.cuda.is_available() and not args.no_profile
-        least = {"steps": int(not profiles), "warmup": 1, "vocab_size": 1, "tensor_model_parallel_size": 1}
+        least = {
+            "steps": int(not profiles), "warmup": 1, "vocab_size": 1, "tensor_model_parallel_size": 1,
+            "context_parallel_size": 1,
+        }  # fmt: skip
         for flag, smallest in least.items():
             if getattr(args, flag) < smallest:
                 raise UserError(
@@ -129,11 +136,9 @@ class Benchmark:
                 )
         if args.num_layers and len(args.num_layers) not in (1, len(args.shape)):
             raise UserError(f"--num-layers: {len(args.num_layers)} numbers for {len(args.shape)} shapes")
-        if args.vocab_size % args.tensor_model_parallel_size:
-            raise UserError(
-                f"--vocab-size {args.vocab_size}: not divisible by --tensor-model-parallel-size "
-                f"{args.tensor_model_parallel_size}"
-            )
+        tp = max(self.layout(arm, args)[0] for arm in args.arms)
+        if args.vocab_size % tp:
+            raise UserError(f"--vocab-size {args.vocab_size}: not divisible by {tp} tensor-parallel ranks")
         self.args = args
         self.sparsek = SparseKConfig(
             topk=args.topk, window=args.window, stride=args.stride, overflow_warning=None,
@@ -153,54 +158,76 @@ class Benchmark:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.device_name, self.peak = name, args.peak_tflops or peak_tflops(name)
         self.rows: list[Any] = []
+        self.title = ""
+
+    @staticmethod
+    def layout(arm: str, args: argparse.Namespace) -> tuple[int, int]:
+        """(tensor, context) parallel sizes of an arm."""
+        tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+        return (tp, cp) if arm == "sparsek" else (tp * cp, 1)
 
     def run(self) -> None:
         """All cases; prints each as it ends."""
-        from training_benchmark.model import training_config
         from training_benchmark.report import plot
         from training_benchmark.shapes import SHAPES
 
         from sparsek_megatron.training import parallel
 
         args = self.args
-        tp = args.tensor_model_parallel_size
-        sizes = {"tokens": max(args.tokens), "tp": tp, "options": self.options}
-        self.machine = parallel.initialize(training_config(SHAPES[args.shape[0]], self.sparsek, **sizes))
-        self.first = self.machine.is_first
-        title = (
-            f"{self.machine.world_size} x {self.device_name}, torch {torch.__version__}, topk {args.topk}, "
-            f"window {args.window}, stride {args.stride}, {self.source}"
-        )
-        if self.first:
-            print(title, flush=True)
-            args.out.mkdir(parents=True, exist_ok=True)
+        layout = None
         for index, name in enumerate(args.shape):
             torch.compiler.reset()  # else another shape's widths become variables of slower compiled kernels
             layers = args.num_layers and args.num_layers[index % len(args.num_layers)]
             for trainer in args.trainers:
                 for arm in args.arms:
-                    self.run_arm(name, SHAPES[name].with_layers(layers), arm, trainer, sizes)
+                    if layout != self.layout(arm, args):
+                        if layout is not None:
+                            parallel.shutdown()
+                        layout = self.layout(arm, args)
+                        self.start(SHAPES[name], layout)
+                    self.run_arm(name, SHAPES[name].with_layers(layers), arm, trainer)
                     release()
         if self.first:
-            plot(self.rows, args.out / "training.png", title)
+            plot(self.rows, args.out / "training.png", self.title)
         parallel.shutdown()
 
-    def run_arm(
-        self, shape_name: str, shape: Any, arm: str, trainer_name: str, sizes: dict[str, Any]
-    ) -> None:
+    def start(self, shape: Any, layout: tuple[int, int]) -> None:
+        """The process groups of a layout; the title is printed with the first."""
+        from training_benchmark.model import training_config
+
+        from sparsek_megatron.training import parallel
+
+        args = self.args
+        config = training_config(
+            shape, self.sparsek, tokens=max(args.tokens), layout=layout, options=self.options
+        )
+        self.machine = parallel.initialize(config)
+        self.first = self.machine.is_first
+        if self.first and not self.title:
+            self.title = (
+                f"{self.machine.world_size} x {self.device_name}, torch {torch.__version__}, topk {args.topk}, "
+                f"window {args.window}, stride {args.stride}, {self.source}"
+            )
+            print(self.title, flush=True)
+            args.out.mkdir(parents=True, exist_ok=True)
+
+    def run_arm(self, shape_name: str, shape: Any, arm: str, trainer_name: str) -> None:
         """One model through every context, shortest first, until one does not fit."""
         from training_benchmark.model import build, training_config
         from training_benchmark.report import Row, compare_with_dense, line, write_csv
         from training_benchmark.trainers import build_trainer
 
         args = self.args
-        config = training_config(shape, self.sparsek, **sizes)
+        tp, cp = layout = self.layout(arm, args)
+        config = training_config(
+            shape, self.sparsek, tokens=max(args.tokens), layout=layout, options=self.options
+        )
         contexts = [n for n in sorted(args.tokens) if arm != "dense" or n <= args.longest_dense]
         trainer = model = None
         for tokens in contexts:
             row = Row(
                 shape=shape_name, layers=shape.num_layers, tokens=tokens, arm=arm, trainer=trainer_name,
-                gpus=self.machine.world_size, tp=sizes["tp"], options=str(self.options),
+                gpus=self.machine.world_size, tp=tp, cp=cp, options=str(self.options),
             )  # fmt: skip
             self.rows.append(row)
             try:
@@ -244,7 +271,7 @@ class Benchmark:
                 keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
             row.split = profile_step(lambda: trainer.step(*batch), model, keep)
             seconds = seconds if args.steps else row.split.step_ms / 1e3
-        sequences = machine.world_size // row.tp
+        sequences = machine.world_size // (row.tp * row.cp)
         flops = shape.step_flops(
             tokens=row.tokens,
             vocabulary=args.vocab_size,

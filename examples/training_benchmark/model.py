@@ -47,9 +47,13 @@ class Options:
 
 
 def training_config(
-    shape: Shape, sparsek: SparseKConfig, *, tokens: int, tp: int, options: Options
+    shape: Shape, sparsek: SparseKConfig, *, tokens: int, layout: tuple[int, int], options: Options
 ) -> TrainingConfig:
-    """The trainer's settings for one shape and context; one sequence of `tokens` a step on each data-parallel rank."""
+    """The trainer's settings for one shape and context; one sequence of `tokens` a step on each data-parallel rank.
+
+    layout: tensor and context parallel sizes
+    """
+    tp, cp = layout
     return TrainingConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -65,6 +69,7 @@ def training_config(
         sparsek_stride=sparsek.stride,
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
+        context_parallel_size=cp,
         recompute_granularity=options.recompute,
         recompute_method="uniform" if options.recompute_layers is None else "block",
         recompute_num_layers=options.recompute_layers or 1,

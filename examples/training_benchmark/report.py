@@ -25,6 +25,7 @@ class Row:
     trainer: str
     gpus: int
     tp: int
+    cp: int
     options: str
     step_ms: float | None = None
     tokens_per_second: float | None = None
@@ -63,8 +64,8 @@ class Row:
 
 
 def compare_with_dense(row: Row, rows: list[Row]) -> None:
-    """Fill what a row says of the dense arm from the dense row of the same case, where there is one."""
-    case = ("shape", "layers", "tokens", "trainer", "gpus", "tp", "options")
+    """Fill what a row says of the dense arm from the dense row of the same case, where there is one, in its layout."""
+    case = ("shape", "layers", "tokens", "trainer", "gpus", "options")
     for other in rows:
         if (
             other.arm == "dense"
@@ -79,9 +80,8 @@ def compare_with_dense(row: Row, rows: list[Row]) -> None:
 
 def line(row: Row) -> str:
     """One case in two lines: the step, and where it goes."""
-    head = (
-        f"{row.shape} x{row.layers:<3} {row.tokens:>8} {row.arm:<8} {row.trainer:<9} TP{row.tp} of {row.gpus}"
-    )
+    layout = f"TP{row.tp}" + (f" CP{row.cp}" if row.cp > 1 else "")
+    head = f"{row.shape} x{row.layers:<3} {row.tokens:>8} {row.arm:<8} {row.trainer:<9} {layout} of {row.gpus}"
     head += f" {row.options}" if row.options else ""
     if row.error:
         return f"{head}: {row.error}"

@@ -2,6 +2,8 @@
 """The training benchmark: its arithmetic, how kernels are given to parts, its dense arm, and one small run."""
 
 import csv
+import os
+import subprocess
 import sys
 
 import pytest
@@ -105,7 +107,7 @@ def test_a_trace_is_split_by_where_kernels_were_launched_not_by_when_they_ran():
 def test_the_bound_is_the_dense_step_without_its_attention():
     def row(arm, step_ms, attention_ms):
         found = Row(
-            "8b", 4, 1024, arm, "deepspeed", 1, 1, "", step_ms=step_ms, tokens_per_second=1e3 / step_ms
+            "8b", 4, 1024, arm, "deepspeed", 1, 1, 1, "", step_ms=step_ms, tokens_per_second=1e3 / step_ms
         )
         found.split = split_trace([event("step", "user_annotation", 0, 1)])
         found.split.busy_ms = step_ms
@@ -133,6 +135,24 @@ def test_a_small_run_without_a_gpu(tmp_path):
     assert (out / "training.png").stat().st_size > 1000
 
 
+def test_two_processes_share_sequences_in_the_sparse_arm_and_heads_in_the_dense_one(tmp_path):
+    """Each arm in its own layout, compared with the other; the loss of random weights is the same in both."""
+    small = "--shape tiny --tokens 96 --topk 8 --window 8 --stride 8 --vocab-size 512 --warmup 1 --steps 1"
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(REPOSITORY / "examples" / "benchmark_training.py"), *small.split()]
+    flags = ["--context-parallel-size", "2", "--arms", "dense", "sparsek", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *program, *flags], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "TP2 of 2:" in done.stdout and "TP1 CP2 of 2:" in done.stdout
+    with (tmp_path / "training.csv").open(newline="") as stream:
+        dense, sparse = csv.DictReader(stream)
+    assert [(row["tp"], row["cp"], row["error"]) for row in (dense, sparse)] == [("2", "1", ""), ("1", "2", "")]
+    assert float(sparse["speedup"]) > 0 and abs(float(sparse["loss"]) - float(dense["loss"])) < 0.3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +163,7 @@ def test_a_small_run_without_a_gpu(tmp_path):
         (("--num-layers", "1", "2", "--arms", "dense"), "--num-layers: 2 numbers for 1 shapes"),
         (("--steps", "0", "--arms", "dense"), "--steps 0: must be at least 1"),
         (("--vocab-size", "513", "--tensor-model-parallel-size", "2"), "--vocab-size 513: not divisible by"),
+        (("--arms", "dense", "--context-parallel-size", "0"), "--context-parallel-size 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_named(arguments, message, refused):
