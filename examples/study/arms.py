@@ -145,11 +145,12 @@ def longer(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
     return (first, *(dataclasses.replace(arm, start="pretrained", rate=0.3) for arm in arms))
 
 
-def ablations() -> tuple[Arm, ...]:
+def ablations(slope: float) -> tuple[Arm, ...]:
     """SparseK with one setting varied at a time, at 256 keys a query; the first arm is what the others vary."""
 
     def arm(name: str, topk: int = 128, window: int = 128, **settings: object) -> Arm:
-        return learned(name, topk, window, **{"stride": 64, "scorer_lr_mult": 10.0, **settings})  # pyright: ignore
+        base = {"stride": 64, "scorer_lr_mult": 10.0, "initial_slope": slope}
+        return learned(name, topk, window, **{**base, **settings})  # pyright: ignore
 
     return (
         arm(BASE),
@@ -162,7 +163,7 @@ def ablations() -> tuple[Arm, ...]:
         arm("scores from keys", scores="keys"),
         arm("scorer detached from the model", detach_hidden=True),
         arm("scorer with its own norm", scorer_norm=True),
-        arm("no position slope", position_slope=False),
+        arm("no position slope", position_slope=False, initial_slope=0.0),
         arm("position slope fixed at 16", initial_slope=16.0, fixed_slope=True),
         arm("one selection for all KV heads", shared=True),
         arm("first layer dense", full_layers=(0,)),
@@ -178,17 +179,21 @@ def sloped(slope: float, topk: int, window: int, gate: str = "key_value") -> Arm
 
 
 BASE = "topk 128 + window 128, stride 64, pool 512"
-RECALL = equal_budget(32, 32, 8)
 FASTER = (("key_value", 10.0), ("value", 10.0))
 PRETRAINED = Model(init_method_std=0.04)
 SMALL = Model(2, 128, 256, 2, 2, init_method_std=0.08)
 
 
 def recall_table(title: str, data: str, length: int) -> Table:
-    """A recall task: two layers, 64 keys a query."""
+    """A recall task: two layers, 64 keys a query; also with slopes: a score falls by 1 in topk, 4 and 16 topk tokens."""
+    topk, window, stride = 32, 32, 8
+    slopes = [length / (times * topk) for times in (1, 4, 16)]
     return Table(
         title,
-        RECALL,
+        (
+            *equal_budget(topk, window, stride),
+            *(learned(f"SparseK key_value, slope {s:g}", topk, window, stride, initial_slope=s) for s in slopes),
+        ),
         data=data,
         length=length,
         steps=2000,
@@ -229,7 +234,13 @@ TABLES: dict[str, Table] = {
     ),
     "ablations": Table(
         "One setting varied: dense at 1,024 tokens, then 256 keys at 4,096",
-        longer(ablations()),
+        longer(ablations(slope=0.0)),
+        model=PRETRAINED,
+        reference=BASE,
+    ),
+    "ablations_slope": Table(
+        "One setting varied, with a position slope of 16: dense at 1,024 tokens, then 256 keys at 4,096",
+        longer(ablations(slope=16.0)),
         model=PRETRAINED,
         reference=BASE,
     ),
@@ -240,7 +251,7 @@ TABLES: dict[str, Table] = {
                 fixed("dense", "dense", 128, 128, 64),
                 fixed("window 256", "recent", 128, 128, 64),
                 fixed("window 128 + random 128", "random", 128, 128, 64),
-                *(sloped(slope, 128, 128) for slope in (0.0, 4.0, 16.0, 64.0)),
+                *(sloped(slope, 128, 128) for slope in (0.0, 4.0, 16.0, 64.0, 256.0)),
                 sloped(0.0, 64, 192),
                 *(sloped(16.0, topk, 256 - topk) for topk in (64, 32)),
                 sloped(16.0, 128, 128, gate="value"),
@@ -260,7 +271,7 @@ TABLES: dict[str, Table] = {
                 fixed("dense", "dense", 256, 256, 64),
                 fixed("window 512", "recent", 256, 256, 64),
                 fixed("window 256 + random 256", "random", 256, 256, 64),
-                *(sloped(slope, 256, 256) for slope in (16.0, 64.0, 256.0)),
+                *(sloped(slope, 256, 256) for slope in (16.0, 64.0, 256.0, 1024.0)),
                 *(sloped(64.0, topk, 512 - topk) for topk in (128, 64)),
             )
         ),
