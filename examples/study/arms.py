@@ -185,7 +185,7 @@ SMALL = Model(2, 128, 256, 2, 2, init_method_std=0.08)
 
 
 def recall_table(title: str, data: str, length: int) -> Table:
-    """A recall task: two layers, 64 keys a query; also with slopes: a score falls by 1 in topk, 4 and 16 topk tokens."""
+    """A recall task: two layers, 64 keys a query; also with slopes: scores fall by 1 in topk, 4 and 16 topk tokens."""
     topk, window, stride = 32, 32, 8
     slopes = [length / (times * topk) for times in (1, 4, 16)]
     return Table(
