@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipelines and Megatron's own optimizer: gradients after `finalize_model_grads`, then a short training run."""
+"""Pipelines and Megatron's own optimizer: gradients after `finalize_model_grads`, then a short training run. On GPUs as
+they are, on CPU with what Megatron needs for that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -46,7 +49,8 @@ def train(
             return get_sparsek_layer_spec(config, sparsek=sparsek)
         return get_sparsek_block_spec(config, sparsek=sparsek, vp_stage=vp_stage)
 
-    with parallel(tp=tp, pp=pp, vpp=vpp, cp=cp), cuda_to_cpu():
+    as_on_a_gpu = contextlib.nullcontext() if torch.cuda.is_available() else cuda_to_cpu()
+    with parallel(tp=tp, pp=pp, vpp=vpp, cp=cp), as_on_a_gpu:
         from megatron.core import parallel_state
 
         given = (
@@ -60,11 +64,11 @@ def train(
         if weights is None:
             randomise(training.chunks[0].module)
             training.optimizer.reload_model_params()
-        initial = {name: unshard(name, p, p.data) for name, p in training.named_parameters()}
+        initial = {name: unshard(name, p, p.data).cpu() for name, p in training.named_parameters()}
         losses = [training.forward_backward(0)]
         whole = not distributed or parallel_state.get_data_parallel_world_size() == 1
         parameters = training.named_parameters() if whole else []
-        gradients = {name: unshard(name, p, p.main_grad) for name, p in parameters}
+        gradients = {name: unshard(name, p, p.main_grad).cpu() for name, p in parameters}
         kinds = {}
         for name, module in zip(*_layers(training), strict=True):
             kinds[name] = isinstance(module.self_attention, SparseKSelfAttention)

@@ -82,13 +82,11 @@ def launched_on_eight(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 @pytest.fixture(scope="session")
-def launch_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Launched]:
-    """Runs the mesh cases over NCCL on (ranks, dtype)."""
-    return lambda ranks, dtype: launch(
-        tmp_path_factory.mktemp("gpus"),
-        ranks,
-        ("cases_mesh",),
-        on_gpus=True,
-        MESH_DTYPE=dtype,
-        DISTRIBUTED_CASES="^mesh_",
-    )
+def launch_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launched]:
+    """Runs cases over NCCL: (ranks, module of the cases, a pattern of their names, changes to the environment)."""
+
+    def launch_cases(ranks: int, module: str, cases: str, **changes: str) -> Launched:
+        folder = tmp_path_factory.mktemp("gpus")
+        return launch(folder, ranks, (module,), on_gpus=True, DISTRIBUTED_CASES=cases, **changes)
+
+    return launch_cases

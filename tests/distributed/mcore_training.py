@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mcore_harness import batch, build_gpt, tiny_config
+from mcore_harness import batch, build_gpt, device, tiny_config
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -42,6 +42,8 @@ class Training:
         weights: Callable[[str, torch.nn.Parameter], torch.Tensor] | None = None,
         **changes: Any,
     ) -> None:
+        if torch.cuda.is_available():  # the smallest head of the compiled kernels
+            changes = {"kv_channels": 64, **changes}
         self.config = tiny_config(virtual_pipeline_model_parallel_size=vpp, **changes)
         self.chunks = []
         for stage in range(vpp or 1):
@@ -54,7 +56,7 @@ class Training:
                 pre_process=first,
                 post_process=last,
                 vp_stage=vp_stage,
-            )
+            ).to(device())
             if weights is not None:
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(weights(self.global_name(name, vp_stage), parameter))
@@ -115,7 +117,9 @@ class Training:
             parallel_state.get_context_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
         )
-        micro_batches = [batch(LENGTH, 2, seed=100 * step + i) for i in range(MICRO_BATCHES)]
+        micro_batches = [
+            [x.to(device()) for x in batch(LENGTH, 2, seed=100 * step + i)] for i in range(MICRO_BATCHES)
+        ]
         iterators = {id(chunk): iter(micro_batches) for chunk in self.chunks}
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -126,7 +130,7 @@ class Training:
             micro_batch_size=2,
             forward_only=False,
         )
-        loss = torch.zeros(1)
+        loss = torch.zeros(1, device=device())
         if losses:
             loss[0] = torch.stack([x["loss"] for x in losses]).mean()
             torch.distributed.all_reduce(loss, group=parallel_state.get_context_parallel_group())

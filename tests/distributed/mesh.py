@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mcore_harness import (
     VOCAB,
     build_gpt,
+    device,
     full_weights,
     load_full,
     packed,
@@ -41,14 +42,6 @@ HEAD_DIM = 8
 if torch.cuda.is_available():
     SPARSEK |= {"topk": 48, "window": 56, "stride": 64, "pool": 160}
     HEAD_DIM = 64
-
-
-def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
 
 
 def global_batch(size: int, length: int, seed: int = 17) -> tuple[torch.Tensor, torch.Tensor]:

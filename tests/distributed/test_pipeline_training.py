@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 LAUNCHED = "cases_training"
 
@@ -34,6 +35,17 @@ def test_twenty_steps_on_pp2_tp2_with_sequence_parallelism_follow_one_process_an
 
 def test_context_parallelism_in_a_pipeline_follows_one_process(launched) -> None:
     check(launched["training_cp2_pp2"], gradients=True)
+
+
+@pytest.mark.gpu
+def test_pipelines_on_four_gpus(launch_on_gpus) -> None:
+    """The first two again, over NCCL with the Triton kernels."""
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")
+    names = ("training_tp2_pp2_sp", "training_cp2_pp2")
+    answers = launch_on_gpus(4, LAUNCHED, f"^({'|'.join(names)})$")
+    for name in names:
+        check(answers[name], gradients=True)
 
 
 def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_parallelism(launched) -> None:

@@ -88,6 +88,13 @@ def parallel(
         parallel_state.destroy_model_parallel()
 
 
+def device() -> torch.device:
+    """This rank's GPU, the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def tiny_config(**changes: Any) -> TransformerConfig:
     """Two layers of 4 query heads on 2 KV heads, RMSNorm and SwiGLU, no dropout."""
     settings: dict[str, Any] = {
