@@ -19,13 +19,15 @@ from torch import Tensor
 def use_one_norm(engine: Any) -> bool:
     """Let `engine`, a DeepSpeed engine, decide on its step by one norm. Returns whether anything was replaced.
 
-    Replaced where ZeRO 1 or 2 keeps its state on the device. Norms and clipped gradients equal DeepSpeed's to the
-    rounding of a sum in fp32.
+    Replaced where ZeRO 1 or 2 keeps its state on the device and takes a norm. Norms and clipped gradients equal
+    DeepSpeed's to the rounding of a sum in fp32.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.cpu_offload or zero.has_moe_layers:
+        return False
+    if not zero.compute_grad_norm:  # zero_optimization.compute_grad_norm: nothing else would see what is not finite
         return False
     for name, function in (
         ("check_overflow", _leave_it_to_the_norm),

@@ -80,9 +80,11 @@ def test_gradients_are_clipped_as_deepspeed_clips_them(clip_grad: float, norm: f
 def test_only_zero_1_and_2_with_state_on_the_device_are_changed() -> None:
     assert not use_one_norm(SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)])))
     zero = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
-    zero.cpu_offload, zero.has_moe_layers = True, False
+    zero.cpu_offload, zero.has_moe_layers, zero.compute_grad_norm = True, False, True
     assert not use_one_norm(SimpleNamespace(optimizer=zero))
-    zero.cpu_offload = False
+    zero.cpu_offload, zero.compute_grad_norm = False, False
+    assert not use_one_norm(SimpleNamespace(optimizer=zero)), "without a norm DeepSpeed's own look is needed"
+    zero.compute_grad_norm = True
     assert use_one_norm(SimpleNamespace(optimizer=zero))
     zero.overflow = True
     zero.check_overflow(partition_gradients=False)
