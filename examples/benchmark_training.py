@@ -117,6 +117,7 @@ class Benchmark:
         from sparsek_megatron import SparseKConfig
         from sparsek_megatron.training.flops import peak_tflops
 
+        self.args = args
         known: tuple[tuple[str, list[str], Any], ...] = (
             ("--shape", args.shape, SHAPES), ("--arms", args.arms, ARMS), ("--trainers", args.trainers, TRAINERS),
         )  # fmt: skip
@@ -136,10 +137,9 @@ class Benchmark:
                 )
         if args.num_layers and len(args.num_layers) not in (1, len(args.shape)):
             raise UserError(f"--num-layers: {len(args.num_layers)} numbers for {len(args.shape)} shapes")
-        tp = max(self.layout(arm, args)[0] for arm in args.arms)
+        tp = max(self.layout(arm)[0] for arm in args.arms)
         if args.vocab_size % tp:
             raise UserError(f"--vocab-size {args.vocab_size}: not divisible by {tp} tensor-parallel ranks")
-        self.args = args
         self.sparsek = SparseKConfig(
             topk=args.topk, window=args.window, stride=args.stride, overflow_warning=None,
             reference_length=max(args.tokens),
@@ -160,11 +160,17 @@ class Benchmark:
         self.rows: list[Any] = []
         self.title = ""
 
-    @staticmethod
-    def layout(arm: str, args: argparse.Namespace) -> tuple[int, int]:
+    def layout(self, arm: str) -> tuple[int, int]:
         """(tensor, context) parallel sizes of an arm."""
-        tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+        tp, cp = self.args.tensor_model_parallel_size, self.args.context_parallel_size
         return (tp, cp) if arm == "sparsek" else (tp * cp, 1)
+
+    def configuration(self, shape: Any, layout: tuple[int, int]) -> Any:
+        """The trainer's settings of a shape."""
+        from training_benchmark.model import training_config
+
+        longest = max(self.args.tokens)
+        return training_config(shape, self.sparsek, tokens=longest, layout=layout, options=self.options)
 
     def run(self) -> None:
         """All cases; prints each as it ends."""
@@ -180,10 +186,10 @@ class Benchmark:
             layers = args.num_layers and args.num_layers[index % len(args.num_layers)]
             for trainer in args.trainers:
                 for arm in args.arms:
-                    if layout != self.layout(arm, args):
+                    if layout != self.layout(arm):
                         if layout is not None:
                             parallel.shutdown()
-                        layout = self.layout(arm, args)
+                        layout = self.layout(arm)
                         self.start(SHAPES[name], layout)
                     self.run_arm(name, SHAPES[name].with_layers(layers), arm, trainer)
                     release()
@@ -193,15 +199,10 @@ class Benchmark:
 
     def start(self, shape: Any, layout: tuple[int, int]) -> None:
         """The process groups of a layout; the title is printed with the first."""
-        from training_benchmark.model import training_config
-
         from sparsek_megatron.training import parallel
 
         args = self.args
-        config = training_config(
-            shape, self.sparsek, tokens=max(args.tokens), layout=layout, options=self.options
-        )
-        self.machine = parallel.initialize(config)
+        self.machine = parallel.initialize(self.configuration(shape, layout))
         self.first = self.machine.is_first
         if self.first and not self.title:
             self.title = (
@@ -213,15 +214,13 @@ class Benchmark:
 
     def run_arm(self, shape_name: str, shape: Any, arm: str, trainer_name: str) -> None:
         """One model through every context, shortest first, until one does not fit."""
-        from training_benchmark.model import build, training_config
+        from training_benchmark.model import build
         from training_benchmark.report import Row, compare_with_dense, line, write_csv
         from training_benchmark.trainers import build_trainer
 
         args = self.args
-        tp, cp = layout = self.layout(arm, args)
-        config = training_config(
-            shape, self.sparsek, tokens=max(args.tokens), layout=layout, options=self.options
-        )
+        tp, cp = self.layout(arm)
+        config = self.configuration(shape, (tp, cp))
         contexts = [n for n in sorted(args.tokens) if arm != "dense" or n <= args.longest_dense]
         trainer = model = None
         for tokens in contexts:

@@ -2,13 +2,11 @@
 """The training benchmark: its arithmetic, how kernels are given to parts, its dense arm, and one small run."""
 
 import csv
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from programs import REPOSITORY, run
+from programs import REPOSITORY, finish, run, start_script
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
@@ -138,15 +136,10 @@ def test_a_small_run_without_a_gpu(tmp_path):
 def test_two_processes_share_sequences_in_the_sparse_arm_and_heads_in_the_dense_one(tmp_path):
     """Each arm in its own layout, compared with the other; the loss of random weights is the same in both."""
     small = "--shape tiny --tokens 96 --topk 8 --window 8 --stride 8 --vocab-size 512 --warmup 1 --steps 1"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [str(REPOSITORY / "examples" / "benchmark_training.py"), *small.split()]
-    flags = ["--context-parallel-size", "2", "--arms", "dense", "sparsek", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *program, *flags], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "TP2 of 2:" in done.stdout and "TP1 CP2 of 2:" in done.stdout
+    flags = [*small.split(), "--context-parallel-size", "2", "--arms", "dense", "sparsek", "--out", str(tmp_path)]
+    program = str(REPOSITORY / "examples" / "benchmark_training.py")
+    printed = finish(start_script("launch/torchrun.sh", program, *flags, NPROC_PER_NODE="2"))
+    assert "TP2 of 2:" in printed and "TP1 CP2 of 2:" in printed
     with (tmp_path / "training.csv").open(newline="") as stream:
         dense, sparse = csv.DictReader(stream)
     assert [(row["tp"], row["cp"], row["error"]) for row in (dense, sparse)] == [("2", "1", ""), ("1", "2", "")]
