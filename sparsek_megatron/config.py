@@ -53,7 +53,8 @@ class SparseKConfig:
                       residual (TE)
     position_slope    adds the learnable term slope * position / reference_length to the score
     initial_slope     the slope's value at initialisation. A key's score falls by 1 against newer keys in
-                      reference_length / slope tokens; at 0 a key that once scored high stays until better ones come
+                      reference_length / slope tokens; None lets that be topk tokens. At 0 a key that once scored high
+                      stays until better ones come. Training moves it little: the start is what counts
     reference_length  L_ref in tokens, a constant of the model saved in its checkpoint; None means the model
                       config's max_position_embeddings, or 131,072 where it has none
     detach_hidden     scores send no gradient into the hidden states, only into the scorer
@@ -83,7 +84,7 @@ class SparseKConfig:
     score_spread: float = 1.0
     scorer_norm: bool | None = None
     position_slope: bool = True
-    initial_slope: float = 0.0
+    initial_slope: float | None = None
     reference_length: int | None = None
     detach_hidden: bool = False
     scorer_lr_mult: float = 1.0
@@ -114,7 +115,8 @@ class SparseKConfig:
                 _require_int(name, getattr(self, name), 1)
         _require_number("score_spread", self.score_spread, positive=True)
         _require_number("scorer_lr_mult", self.scorer_lr_mult, positive=False)
-        _require_number("initial_slope", self.initial_slope, positive=False)
+        if self.initial_slope is not None:
+            _require_number("initial_slope", self.initial_slope, positive=False)
         if self.initial_slope and not self.position_slope:
             raise ValueError(
                 f"initial_slope={self.initial_slope!r} needs position_slope=True; leave one of them out"

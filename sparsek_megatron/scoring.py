@@ -52,12 +52,20 @@ def reference_length(config: TransformerConfig, sparsek: SparseKConfig) -> int:
     )
 
 
+def initial_slope(config: TransformerConfig, sparsek: SparseKConfig) -> float:
+    """The slope's start: the setting, else L_ref / topk, with which a score falls by 1 in topk tokens."""
+    if sparsek.initial_slope is not None:
+        return sparsek.initial_slope
+    return reference_length(config, sparsek) / sparsek.topk
+
+
 class ScoringNetwork(MegatronModule):
     """Scores of one layer's tokens for the KV heads of this tensor-parallel rank.
 
     weight            [h, n], or [m, n] behind `hidden_weight` [h, m] for the "mlp" scorer; initialised so
                       that the scores of a normalised input have standard deviation `sparsek.score_spread`
-    slope             [n], starts at `initial_slope`, outside weight decay; absent without `position_slope`
+    slope             [n], starts at `initial_slope(config, sparsek)`, outside weight decay; absent without
+                      `position_slope`
     reference_length  L_ref, int64 scalar buffer: saved with the model, and the saved value wins on load
     norm              the scorer's own norm, where `own_norm`
 
@@ -102,7 +110,7 @@ class ScoringNetwork(MegatronModule):
         """Initialise in place from torch's default generator, which is in step on all tensor-parallel ranks."""
         self.reference_length.fill_(reference_length(self.config, self.sparsek))
         if self.slope is not None:
-            torch.nn.init.constant_(self.slope, self.sparsek.initial_slope)
+            torch.nn.init.constant_(self.slope, initial_slope(self.config, self.sparsek))
         if not self.config.perform_initialization:
             return
         spread = self.sparsek.score_spread

@@ -93,12 +93,15 @@ class Table:
 
 def fixed(name: str, scores: str, topk: int, window: int, stride: int) -> Arm:
     """An arm without learned selection: hard gates over fixed scores."""
-    hard = SparseKConfig(topk=topk, window=window, stride=stride, hard_selection=True, overflow_warning=None)
+    hard = SparseKConfig(
+        topk=topk, window=window, stride=stride, hard_selection=True, initial_slope=0.0, overflow_warning=None
+    )
     return Arm(name, hard, scores=scores)
 
 
 def learned(name: str, topk: int, window: int, stride: int, **settings: object) -> Arm:
-    """A SparseK arm."""
+    """A SparseK arm; its position slope starts at 0 unless `initial_slope` says otherwise."""
+    settings = {"initial_slope": 0.0, **settings}
     sparsek = {name: value for name, value in settings.items() if name in SparseKConfig.__dataclass_fields__}
     rest = {name: value for name, value in settings.items() if name not in sparsek}
     base = SparseKConfig(topk=topk, window=window, stride=stride, overflow_warning=None, **sparsek)  # pyright: ignore

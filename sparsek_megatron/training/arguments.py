@@ -48,8 +48,10 @@ class TrainingConfig:
         "key_value", "where the gate multiplies", choices=("key_value", "value", "logit")
     )
     sparsek_hard_selection: bool = _setting(False, "allow pool == topk: gates are 1, the scorer gets no gradient")
-    sparsek_initial_slope: float = _setting(
-        0.0, "position slope at initialisation: a score falls by this against newer keys over all positions"
+    sparsek_initial_slope: float | None = _setting(
+        None,
+        "what a score falls by against newer keys over all positions, at initialisation; default 1 in topk tokens",
+        kind=float,
     )
     sparsek_lr_mult: float = _setting(1.0, "learning-rate multiplier of the scorer's parameters")
 

@@ -91,7 +91,8 @@ def test_one_adam_step_on_the_slope_moves_no_score_by_more_than_a_hundredth_of_a
 
 def test_slope_starts_where_asked_and_the_reference_length_is_saved_with_the_model() -> None:
     network = scorer(reference_length=1000)
-    assert not network.slope.any() and (scorer(initial_slope=16.0).slope == 16).all()
+    assert (network.slope == 1000 / 4).all()  # topk 4: a score falls by 1 in topk tokens
+    assert not scorer(initial_slope=0.0).slope.any() and (scorer(initial_slope=16.0).slope == 16).all()
     other = scorer(reference_length=77)
     with pytest.warns(UserWarning, match="reference_length=77 in the configuration, 1000 in the checkpoint"):
         other.load_state_dict(network.state_dict())

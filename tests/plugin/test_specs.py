@@ -296,7 +296,7 @@ def test_the_object_under_te_fills_slots_and_asks_for_te_by_name(monkeypatch: py
 
 
 def test_the_pool_overflow_warning_fires_where_scores_are_too_close() -> None:
-    close = SparseKConfig(topk=4, window=4, stride=4, pool=6, score_spread=1e-3, overflow_interval=1)
+    close = SparseKConfig(topk=4, window=4, stride=4, pool=6, score_spread=1e-3, initial_slope=0.0, overflow_interval=1)
     config = tiny_config()
     with pytest.warns(UserWarning, match=r"pool of 6 overflows .* score_spread"):
         loss_of(build_gpt(config, get_sparsek_layer_spec(config, sparsek=close)))

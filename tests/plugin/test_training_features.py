@@ -14,7 +14,7 @@ from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-SPARSEK = SparseKConfig(topk=6, window=5, stride=4, pool=14, reference_length=64)
+SPARSEK = SparseKConfig(topk=6, window=5, stride=4, pool=14, reference_length=64, initial_slope=1.0)
 LOSS_SCALE = 256.0
 
 
