@@ -10,6 +10,8 @@ from sparsek_megatron.training.arguments import TrainingConfig
 
 AUTO = "auto"
 _NEVER = 10**9
+# Elements. DeepSpeed's own 5e8 leaves most gradients of a shard of a 1.3B model for after the backward pass.
+_REDUCE_BUCKET = 50_000_000
 
 # Settings that the run's flags decide: a file may leave them out, say "auto", or repeat the flag's value.
 OWNED = {
@@ -49,6 +51,8 @@ def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, o
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": overlap}
     if config.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 10_000
+    else:
+        zero["reduce_bucket_size"] = _REDUCE_BUCKET
     zero["offload_optimizer"] = {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": overlap}
     ours = {
         "train_batch_size": batch,
