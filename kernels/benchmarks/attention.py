@@ -160,6 +160,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
+        "--score-rise",
+        type=float,
+        metavar="TOKENS",
+        help="scores rise by 1 in this many tokens (SparseK's initial slope: topk); default: no slope",
+    )
+    parser.add_argument(
         "--graph", action="store_true", help="time replays of CUDA graphs: no launch overhead on any side"
     )
     parser.add_argument("--budget-ms", type=float, default=100, help="measuring time per number")
@@ -178,7 +184,8 @@ def main() -> None:
     functorch_config.donated_buffer = False  # flex_attention's backward otherwise refuses repeated calls
     title = (
         f"{torch.cuda.get_device_name()}, {args.dtype}, {args.heads}/{args.kv_heads} heads, d {args.dim}, "
-        f"topk {args.topk}, window {args.window}, stride {args.stride}{', CUDA graphs' if args.graph else ''}; "
+        f"topk {args.topk}, window {args.window}, stride {args.stride}{', CUDA graphs' if args.graph else ''}"
+        f"{f', scores rise by 1 in {args.score_rise:g} tokens' if args.score_rise else ''}; "
         f"torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}"
     )
     print(title)
@@ -197,6 +204,7 @@ def main() -> None:
             args.window,
             args.stride,
             getattr(torch, args.dtype),
+            args.score_rise,
         )
         for name in args.sides:
             reason = too_long(name, tokens, rows, args.limit_s)

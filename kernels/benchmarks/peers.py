@@ -19,7 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Case:
-    """One measured shape: batch 1, `heads` query heads on `kv_heads`, head dimension `dim`."""
+    """One measured shape: batch 1, `heads` query heads on `kv_heads`, head dimension `dim`.
+
+    score_rise  tokens in which scores rise by 1, as a position slope makes them; None for no slope
+    """
 
     tokens: int
     heads: int
@@ -29,6 +32,7 @@ class Case:
     window: int
     stride: int
     dtype: torch.dtype
+    score_rise: float | None = None
 
     def inputs(self, kv_heads: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Leaves q [1, tokens, heads, dim], k and v [1, tokens, kv_heads, dim]."""
@@ -40,7 +44,11 @@ class Case:
         return q, k, v
 
     def scores(self) -> torch.Tensor:
-        return torch.randn(1, self.tokens, self.kv_heads, device="cuda").requires_grad_()
+        """Standard normal, on the slope: [1, tokens, kv_heads] fp32."""
+        scores = torch.randn(1, self.tokens, self.kv_heads, device="cuda")
+        if self.score_rise is not None:
+            scores += torch.arange(self.tokens, device="cuda")[:, None] / self.score_rise
+        return scores.requires_grad_()
 
     @property
     def budget(self) -> int:
