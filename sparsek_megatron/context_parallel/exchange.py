@@ -79,12 +79,19 @@ class Exchange:
         self.sent = [[x for x in segments if x.source == self.rank and x.target == rank] for rank in cp]
         self.kept = [[x for x in segments if x.target == self.rank and x.source == rank] for rank in cp]
 
-    def collective_order(self, device: torch.device) -> Tensor:
-        """Chunks in the order of a collective over ranks: rank by rank, [C] int64."""
-        first = torch.arange(self.layout.cp, device=device)
+    def rank_by_rank(self, every: Tensor) -> Tensor:
+        """[C, ...] in sequence order -> in the order of a collective over ranks."""
         if self.layout.name == "contiguous":
-            return first
-        return torch.stack([first, self.sizes.chunks - 1 - first], dim=1).flatten()
+            return every
+        first, second = every.chunk(2)
+        return torch.stack([first, second.flip(0)], dim=1).flatten(0, 1)
+
+    def in_sequence(self, every: Tensor) -> Tensor:
+        """The inverse of `rank_by_rank`."""
+        if self.layout.name == "contiguous":
+            return every
+        first, second = every.unflatten(0, (self.layout.cp, 2)).unbind(1)
+        return torch.cat([first, second.flip(0)])
 
     def own(self, every: Tensor) -> Tensor:
         """[C, ...] -> [own chunks, ...]."""
@@ -96,10 +103,10 @@ class Exchange:
         """[own chunks, ...] on every rank -> [C, ...] in sequence order."""
         out = mine.new_empty((self.sizes.chunks, *mine.shape[1:]))
         dist.all_gather_into_tensor(out, mine.contiguous(), group=self.group)
-        return out[self.collective_order(out.device).argsort()]
+        return self.in_sequence(out)
 
     def reduce_scatter(self, every: Tensor) -> Tensor:
-        """[C, ...] in `collective_order` -> [own chunks, ...], summed over ranks."""
+        """[C, ...] ordered `rank_by_rank` -> [own chunks, ...], summed over ranks."""
         out = every.new_empty((len(self.owned), *every.shape[1:]))
         dist.reduce_scatter_tensor(out, every, group=self.group)
         return out
@@ -142,42 +149,41 @@ class StartFromEarlierChunks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         sizes, own = exchange.sizes, len(exchange.owned)
         b, _, h, d = key.shape
-        pieces = scores.float().unflatten(1, (own, sizes.length)).unbind(1)
-        summaries = [summarise(x, c, sizes) for x, c in zip(pieces, exchange.owned, strict=True)]
+        chunks = scores.float().unflatten(1, (own, sizes.length)).movedim(1, 0)
         sent = [key.new_empty((0, b, 2, h, d))]
         for tokens in (exchange.tokens_of(segment) for part in exchange.sent for segment in part):
             sent.append(torch.stack([key[:, tokens], value[:, tokens]], dim=1).movedim(2, 0))
         halo, work = exchange.all_to_all(torch.cat(sent), exchange.sent, exchange.kept)
-        gathered = exchange.all_gather(torch.stack(summaries))
+        gathered = exchange.all_gather(summarise(chunks, exchange.owned, sizes))
         pool, recent = start_states(gathered, sizes)
 
-        chosen = positions_of(pool[exchange.collective_order(pool.device)][..., : sizes.topk])
+        chosen = positions_of(exchange.rank_by_rank(pool[..., : sizes.topk]))
         row, held = exchange.local_rows(chosen.permute(1, 0, 3, 2))  # [b, C, topk, h]
         index = row.flatten(1, 2)[..., None].expand(-1, -1, -1, d)
-        rows = torch.stack([x.gather(1, index).unflatten(1, row.shape[1:3]) for x in (key, value)])
-        rows = rows.masked_fill(~held[..., None], 0).permute(2, 1, 3, 0, 4, 5)  # [C, b, topk, 2, h, d]
-        selected = exchange.reduce_scatter(rows.contiguous())
+        mine = torch.stack([x.gather(1, index).unflatten(1, row.shape[1:3]) for x in (key, value)])
+        mine = mine.masked_fill(~held[..., None], 0).permute(2, 1, 3, 0, 4, 5)  # [C, b, topk, 2, h, d]
+        selected = exchange.reduce_scatter(mine.contiguous())
 
-        window = key.new_zeros((own, b, sizes.recent, 2, h, d))
+        first = sizes.pool + sizes.recent
+        rows = key.new_empty((own, 2, b, first + sizes.length, h, d))  # E rows of keys, and of values
+        for i, x in enumerate((key, value)):
+            rows[:, i, :, first:] = x.unflatten(1, (own, sizes.length)).movedim(1, 0)
+        rows[:, :, :, : sizes.topk] = selected.movedim(3, 1)
+        rows[:, :, :, sizes.topk : first] = 0  # pool keys that are not selected are not read
         work.wait()
         place = 0
         for segment in (s for part in exchange.kept for s in part):
-            stop = segment.place + segment.rows
-            part = halo[place : place + segment.rows]
-            window[segment.target_slot, :, segment.place : stop] = part.transpose(0, 1)
+            start = sizes.pool + segment.place
+            part = halo[place : place + segment.rows]  # [rows, b, 2, h, d]
+            rows[segment.target_slot, :, :, start : start + segment.rows] = part.movedim(0, 2).transpose(0, 1)
             place += segment.rows
 
         own_pool, own_recent = exchange.own(pool), exchange.own(recent)
         carried = torch.cat([pool_scores(own_pool), own_recent], dim=-1)
         carried = carried.masked_fill(carried == float("-inf"), 0).to(scores.dtype).transpose(2, 3)
-        unread = key.new_zeros((b, sizes.pool - sizes.topk, h, d))
         outputs = [own_pool, own_recent]
-        for slot in range(own):
-            tokens = slice(slot * sizes.length, (slot + 1) * sizes.length)
-            for i, x in enumerate((key, value)):
-                parts = [selected[slot, :, :, i], unread, window[slot, :, :, i], x[:, tokens]]
-                outputs.append(torch.cat(parts, dim=1))
-            outputs.append(torch.cat([carried[slot], scores[:, tokens]], dim=1))
+        for slot, (of_pool, of_chunk) in enumerate(zip(carried, scores.split(sizes.length, dim=1), strict=True)):
+            outputs += [*rows[slot], torch.cat([of_pool, of_chunk], dim=1)]
         ctx.exchange = exchange
         ctx.save_for_backward(pool)
         ctx.mark_non_differentiable(own_pool, own_recent)
@@ -228,15 +234,14 @@ def _sum_over_chunks(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     with EMPTY wherever the key's total is elsewhere): every key that is left is unique.
     """
     totals = rows.to(torch.promote_types(rows.dtype, torch.float32)).clone()
-    last = keys.clone()
+    last, earlier, later = keys.clone(), keys[:-1].flip(-1).contiguous(), keys[1:].contiguous()
+    place = torch.searchsorted(earlier, later).clamp(max=keys.shape[-1] - 1)  # ascending there
+    same = (earlier.gather(-1, place) == later) & (later != EMPTY)
+    last[1:].masked_fill_(same, EMPTY)
+    place = keys.shape[-1] - 1 - place
     for chunk in range(keys.shape[0] - 1, 0, -1):
-        earlier = keys[chunk - 1].flip(-1).contiguous()  # ascending
-        place = torch.searchsorted(earlier, keys[chunk].contiguous()).clamp(max=keys.shape[-1] - 1)
-        same = (earlier.gather(-1, place) == keys[chunk]) & (keys[chunk] != EMPTY)
-        place = keys.shape[-1] - 1 - place
-        index = place[..., None, None].expand_as(totals[chunk])
-        totals[chunk - 1].scatter_add_(2, index, totals[chunk] * same[..., None, None])
-        last[chunk].masked_fill_(same, EMPTY)
+        moved = totals[chunk] * same[chunk - 1, ..., None, None]
+        totals[chunk - 1].scatter_add_(2, place[chunk - 1, ..., None, None].expand_as(moved), moved)
     return totals, last
 
 
@@ -257,10 +262,11 @@ def _add_score_gradients(x: Tensor, gradients: Tensor, pool: Tensor, exchange: E
     sizes = exchange.sizes
     b, tokens, h = x.shape
     total = x.new_zeros(b, h, tokens + 1)
+    begin = torch.arange(sizes.chunks, device=x.device)[:, None] * sizes.length
+    recent = (begin - sizes.recent + torch.arange(sizes.recent, device=x.device)).clamp(min=-1)
+    positions = torch.cat([positions_of(pool), recent[:, None, None].expand(-1, b, h, -1)], dim=-1)
+    row, held = exchange.local_rows(positions)
+    row = torch.where(held, row, tokens)
     for chunk in range(1, sizes.chunks):
-        begin = chunk * sizes.length
-        recent = torch.arange(begin - sizes.recent, begin, device=x.device).clamp(min=-1)
-        positions = torch.cat([positions_of(pool[chunk]), recent.expand(b, h, -1)], dim=-1)
-        row, held = exchange.local_rows(positions)
-        total.scatter_add_(2, torch.where(held, row, tokens), gradients[chunk].to(x.dtype))
+        total.scatter_add_(2, row[chunk], gradients[chunk].to(x.dtype))
     x += total[..., :tokens].transpose(1, 2)

@@ -12,6 +12,7 @@ T = min(L, recent), recent = window + stride - 1. Keys are those of `sparsek_ker
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +63,15 @@ def best(keys: Tensor, pool: int) -> Tensor:
     return keys.topk(pool, dim=-1).values
 
 
-def summarise(scores: Tensor, chunk: int, sizes: Sizes) -> Tensor:
-    """Summary of one chunk: scores [b, L, h] fp32 -> [b, h, 2 * pool + T] int32, 8 * pool + 4 * T bytes per head."""
-    rows = scores.transpose(1, 2).contiguous()
-    first = chunk * sizes.length
-    count = min(max(sizes.offered(first + sizes.length) - first, 0), sizes.length)
-    keys = (
-        make_keys(rows[..., :count]) - first
-        if count
-        else rows.new_empty((*rows.shape[:2], 0), dtype=torch.int64)
-    )
+def summarise(scores: Tensor, chunks: Sequence[int], sizes: Sizes) -> Tensor:
+    """Summaries of chunks: scores [chunks, b, L, h] fp32 -> [chunks, b, h, 2 * pool + T] int32, 8 * pool + 4 * T bytes
+    per chunk and head."""
+    rows = scores.transpose(2, 3).contiguous()
+    keys = make_keys(rows)
+    for own, chunk in zip(keys, chunks, strict=True):
+        first = chunk * sizes.length
+        own -= first
+        own[..., max(sizes.offered(first + sizes.length) - first, 0) :] = EMPTY
     tail = rows[..., sizes.length - sizes.tail :].contiguous()
     return torch.cat([best(keys, sizes.pool).view(torch.int32), tail.view(torch.int32)], dim=-1)
 
