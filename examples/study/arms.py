@@ -181,6 +181,16 @@ def sloped(slope: float, topk: int, window: int, gate: str = "key_value") -> Arm
     return learned(name, topk, window, 64, gate=gate, scorer_lr_mult=10.0, initial_slope=slope)
 
 
+def from_dense_or_from_scratch() -> tuple[Arm, ...]:
+    """Dense attention trained on short sequences and swapped for each attention, and each of them from scratch."""
+    arms = (
+        fixed("dense", "dense", 128, 128, 64),
+        fixed("window 256", "recent", 128, 128, 64),
+        sloped(32.0, 128, 128),  # the default at 4,096 tokens
+    )
+    return (*longer(arms), *(dataclasses.replace(arm, name=f"{arm.name}, from scratch") for arm in arms))
+
+
 BASE = "topk 128 + window 128, stride 64, pool 512"
 FASTER = (("key_value", 10.0), ("value", 10.0))
 PRETRAINED = Model(init_method_std=0.04)
@@ -282,6 +292,12 @@ TABLES: dict[str, Table] = {
         model=PRETRAINED,
         far=2048,
         reference="window 512",
+    ),
+    "from_dense": Table(
+        "From dense at 1,024 tokens to 256 keys at 4,096, and from scratch at 4,096",
+        from_dense_or_from_scratch(),
+        model=PRETRAINED,
+        reference="dense",
     ),
     "passkey": recall_table("Passkey, shown as one token among 1,024", "passkey", 1024),
     "recall": recall_table("Associative recall: 24 pairs among 512 tokens", "recall", 512),
