@@ -36,6 +36,7 @@ from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
 from sparsek_megatron.memory import use_tiled_mlp
 from sparsek_megatron.specs import to_sparsek
+from sparsek_megatron.training.launcher import order_launches
 
 COLUMNS: tuple[str, ...] = (
     "side", "tp", "cp", "tokens", "layers", "recompute", "step_ms", "tokens_per_s", "tokens_per_s_per_gpu",
@@ -94,6 +95,7 @@ def parse() -> argparse.Namespace:
 
 def start() -> torch.device:
     """The process group of the launch, NCCL on GPUs and gloo on CPU."""
+    order_launches()
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",

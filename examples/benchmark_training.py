@@ -23,6 +23,7 @@ import torch
 from sparsek_megatron.errors import UserError, report_user_errors
 from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.quiet import quiet_dependencies
+from sparsek_megatron.training.launcher import order_launches
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -296,5 +297,6 @@ class Benchmark:
 
 if __name__ == "__main__":
     quiet_dependencies()
+    order_launches()
     with report_user_errors():
         Benchmark(build_parser().parse_args()).run()

@@ -14,6 +14,13 @@ from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, UserError
 from sparsek_megatron.training.stopping import release_signals
 
 
+def order_launches() -> None:
+    """Let the GPU start kernels in the order of their launch: a collective then begins before the matrix product that
+    it overlaps, as Megatron's tensor parallelism expects. The driver reads this when CUDA starts: call it first.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def is_launched() -> bool:
     """Whether torchrun (or another launcher) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from sparsek_megatron.context_parallel import check_agreement
 from sparsek_megatron.errors import EXIT_USAGE, RankError, UserError, describe_os_error
 from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.launcher import order_launches
 
 _REPORTED = "user_error_reported"
 _starts = itertools.count()
@@ -53,8 +54,7 @@ def initialize(config: TrainingConfig) -> Machine:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # Megatron's advice for sequence parallelism: collectives then start in the order of the compute that they feed.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    order_launches()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -9,6 +9,7 @@ from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.launcher import (
     is_launched,
     launch,
+    order_launches,
     processes_to_start,
     world_size_of_environment,
 )
@@ -21,6 +22,7 @@ def pretrain(argv: Sequence[str], program: str) -> None:
     Raises:
         UserError: for each thing that the user can fix.
     """
+    order_launches()
     config, processes = parse(argv)
     start_here = processes is not None and not is_launched()
     world_size = processes_to_start(processes) if start_here else world_size_of_environment()

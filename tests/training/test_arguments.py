@@ -266,3 +266,18 @@ def test_a_reader_that_goes_ends_the_program_quietly():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_launches_are_ordered_before_cuda_starts(monkeypatch):
+    """The driver reads the variable once. Asking torch for a device starts it."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    seen = []
+
+    def ask():
+        seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        return False
+
+    monkeypatch.setattr("torch.cuda.is_available", ask)
+    with pytest.raises(UserError):
+        pretrain([*NEEDED, "--config", str(REPOSITORY / "examples/configs/tiny_cpu.yaml")], "pretrain_gpt.py")
+    assert seen and set(seen) == {"1"}
