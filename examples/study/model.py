@@ -43,14 +43,27 @@ class StudySelfAttention(SparseKSelfAttention):
             position = torch.arange(s, device=hidden_states.device, dtype=torch.float32)
             position = position if self.arm.scores == "recent" else -position
             return position[None, :, None].expand(b, s, heads).contiguous()
+        if self.arm.scores == "keys":
+            return self.position_term(s, hidden_states.device).expand(b, s, heads)
         scores = super().scores(hidden_states, *args, **keywords)
         if self.arm.shared:
             scores = scores.mean(-1, keepdim=True).expand(b, s, heads).contiguous()
         return scores
 
+    def position_term(self, length: int, device: torch.device) -> Tensor:
+        """[1, s, KV heads] fp32: the scorer's slope * position / L_ref; [1, s, 1] zeros where it has no slope."""
+        scorer = self.scorer
+        if scorer.slope is None:
+            return torch.zeros(1, length, 1, device=device)
+        position = torch.arange(length, device=device, dtype=torch.float32)
+        return (position / scorer.reference_length)[None, :, None] * scorer.slope.float()
+
 
 class KeyScoreCoreAttention(SparseKCoreAttention):
-    """SparseK attention whose scores are a learned vector per KV head times the RMS-normalised key, after RoPE."""
+    """SparseK attention whose scores are a learned vector per KV head times the RMS-normalised key, after RoPE.
+
+    To these it adds the position term [b, s, KV heads] fp32, which `StudySelfAttention` gives as `attention_bias`.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, **keywords: Any) -> None:
         super().__init__(config, *args, **keywords)
@@ -60,10 +73,13 @@ class KeyScoreCoreAttention(SparseKCoreAttention):
         shape = (config.num_query_groups, config.kv_channels)
         self.score_weight = torch.nn.Parameter(torch.randn(shape, device=device) * spread)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **keywords: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, attention_bias: Tensor, **keywords: Any
+    ) -> Tensor:
         normalised = F.rms_norm(key.float(), key.shape[-1:])
-        scores = (normalised * self.score_weight.float()).sum(-1).transpose(0, 1).contiguous()
-        return super().forward(query, key, value, *args, **{**keywords, "attention_bias": scores})
+        scores = (normalised * self.score_weight.float()).sum(-1).transpose(0, 1) + attention_bias
+        scores = scores.contiguous()
+        return super().forward(query, key, value, *args, attention_bias=scores, **keywords)
 
 
 class DenseCoreAttention(MegatronModule):

@@ -109,14 +109,55 @@ def test_every_kind_of_arm_trains_what_it_should(table: str, study: Any) -> None
             assert (gradient is not None and bool(gradient.any())) == learns, (arm.name, index)
             if arm.scores == "keys":
                 assert attention.core_attention.score_weight.grad.any()
+                assert attention.scorer.slope.grad.any()
             slope = attention.scorer.slope
             if slope is not None:
                 assert (slope == arm.sparsek.initial_slope).all()
             if arm.fixed_slope:
-                assert slope.grad is None
+                assert slope is not None and slope.grad is None
             if arm.shared:
                 scores = attention.scores(torch.randn(12, 1, 32))
                 assert torch.equal(scores[..., 0], scores[..., 1])
+
+
+@pytest.mark.usefixtures("megatron")
+def test_scores_from_keys_rise_along_the_slope(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slope adds slope * position / L_ref to the scores of keys, and a steep one lets old keys go."""
+    import run
+    from model import build, start_megatron
+    from steps import logits_of
+
+    from sparsek_megatron import core_attention
+
+    seen: list[torch.Tensor] = []
+
+    def watch(query: Any, key: Any, value: Any, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(scores.detach())
+        return sparsek_attention(query, key, value, scores, **options)
+
+    monkeypatch.setattr(core_attention, "sparsek_attention", watch)
+    table = run.micro(study.TABLES["ablations_slope"])
+    base = next(arm for arm in table.arms if arm.name == "scores from keys")
+    tokens = torch.randint(0, 64, (2, 96), generator=torch.Generator().manual_seed(1))
+    oldest_in_window = 96 - base.sparsek.window
+    scores, logits, kept = {}, {}, {}
+    for slope in (None, 0.0, 16.0, 3e3):  # 3e3: 12 a token here, more than scores differ by
+        settings = {"position_slope": slope is not None, "initial_slope": slope or 0.0}
+        arm = dataclasses.replace(base, sparsek=dataclasses.replace(base.sparsek, **settings))
+        model = build(arm, table, 64, start_megatron(3))
+        seen.clear()
+        with torch.no_grad():
+            logits[slope] = logits_of(model, tokens)
+        scores[slope] = seen[0]
+        best = seen[0][:, :oldest_in_window].topk(base.sparsek.topk, 1)
+        kept[slope] = best.indices.sort(1).values
+    relative = (torch.arange(96) / table.length)[None, :, None]
+    torch.testing.assert_close(scores[None], scores[0.0])
+    for slope in (16.0, 3e3):
+        torch.testing.assert_close(scores[slope], scores[0.0] + slope * relative)
+        assert not torch.allclose(logits[slope], logits[0.0], atol=1e-4)
+    assert (kept[3e3] >= oldest_in_window - base.sparsek.topk).all(), "the newest"
+    assert (kept[0.0] < oldest_in_window - base.sparsek.topk).any()
 
 
 def test_runs_side_by_side_stop_at_the_same_step(study: Any) -> None:
@@ -203,8 +244,8 @@ def test_a_table_runs_and_continues(
     assert (folder / "pretrained-seed1.pt").is_file()
 
     # Another table starts from the same weights without training them again.
-    more = ["ablations", "--micro", "--jobs", "1", "--seeds", "1", "--arms", "mlp|from keys|no position slope"]
-    more += ["--data", "genome", "--out", str(tmp_path), "--pretrained"]
+    more = ["ablations", "--micro", "--jobs", "1", "--seeds", "1", "--data", "genome", "--out", str(tmp_path)]
+    more += ["--arms", "mlp|from keys|no position slope", "--pretrained"]
     with pytest.raises(UserError, match="no finished pretrained, seed 1, with weights there"):
         run.main([*more, str(tmp_path / "elsewhere")])
     assert run.main([*more, str(folder)]) == 0
