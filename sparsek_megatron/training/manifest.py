@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of a checkpoint: the size and SHA-256 of each of its files, and what differs from it on disk."""
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sparsek_megatron.files import fsync_path
+from sparsek_megatron.training.write_file import size_and_sha256
 
 MANIFEST = "manifest.json"
 
@@ -22,9 +22,7 @@ class FileRecord:
 
 def record_of(path: Path) -> FileRecord:
     """Size and checksum of a file as it is read back."""
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        return FileRecord(stream.tell(), digest.hexdigest())
+    return FileRecord(*size_and_sha256(path))
 
 
 def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:

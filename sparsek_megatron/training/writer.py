@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a checkpoint in the background, so that it is complete or absent whatever happens.
 
-Every rank writes its files into one hidden folder, flushes them and reads them back. When all have said so through the
-store, the first rank adds the manifest, renames the folder and moves `latest`: in that order, each flushed before the
-next. A kill at any instant leaves the previous checkpoint in force. Nothing here runs a collective, so training goes on
-meanwhile.
+Every rank writes its files into one hidden folder, flushes them and reads them back, each in a process of its own
+(`write_file`). When all have said so through the store, the first rank adds the manifest, renames the folder and moves
+`latest`: in that order, each flushed before the next. A kill at any instant leaves the previous checkpoint in force.
+Nothing here runs a collective, so training goes on meanwhile.
 """
 
-import hashlib
+import fcntl
 import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from sparsek_megatron.errors import UserError, describe_os_error
 from sparsek_megatron.files import atomic_write, fsync_path, publish
+from sparsek_megatron.training import write_file
 from sparsek_megatron.training.manifest import FileRecord, record_of, write_manifest
 from sparsek_megatron.training.parallel import Machine
 from sparsek_megatron.training.run_folder import LATEST, NAME, checkpoint_name, newest_complete
@@ -94,6 +98,8 @@ class CheckpointWriter:
 
     def _run(self, prefix: str, step: int, files: dict[str, Any], ready: Callable[[], None]) -> None:
         begun = time.perf_counter()
+        # The main thread handles signals. The processes started here inherit this: what ends a run must not end them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             ready()
             folder = self.folder(step)
@@ -168,40 +174,32 @@ class CheckpointWriter:
 
 
 def _write(path: Path, state: Any) -> FileRecord:
-    """Write one file, flush it, read it back.
+    """Write one file, flush it, read it back: `torch.save` into the process that does the rest.
 
     Raises:
         OSError: it cannot be written, or what is on the disk is not what was written.
     """
-    with open(path, "wb") as stream:
-        hashing: Any = _HashingStream(stream)
-        torch.save(state, hashing)
-        stream.flush()
-        os.fsync(stream.fileno())
-        # Else the read below would see the page cache and not the disk.
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    record = FileRecord(hashing.size, hashing.digest.hexdigest())
-    if record_of(path) != record:
-        raise OSError(f"{path.name} reads back other than it was written: the disk is failing")
-    return record
-
-
-class _HashingStream:
-    """A writable stream for `torch.save` that hashes and counts what passes through."""
-
-    def __init__(self, stream: IO[bytes]):
-        self._stream = stream
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        written = self._stream.write(data)
-        self.size += written
-        return written
-
-    def flush(self) -> None:
-        self._stream.flush()
+    command = [sys.executable, "-I", "-S", write_file.__file__, str(path), str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        failure = None
+        try:
+            with process.stdin as pipe:
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, write_file.PIECE)
+                torch.save(state, pipe)
+        except Exception as err:  # a pipe that broke, mostly: the process says why
+            failure = err
+        said = process.stdout.read()
+    answer = json.loads(said) if said else None
+    if isinstance(answer, dict):
+        if answer["errno"] is None:
+            raise OSError(answer["error"])
+        raise OSError(answer["errno"], answer["error"], str(path))
+    if failure is not None:
+        raise failure
+    if answer is None:
+        raise OSError(f"the process that writes {path.name} ended with code {process.returncode}")
+    return FileRecord(*answer)
 
 
 def _reason(err: BaseException) -> str:

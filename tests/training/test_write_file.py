@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that brings one file of a checkpoint to the disk."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsek_megatron.training import write_file, writer
+from sparsek_megatron.training.manifest import record_of
+
+STATE = {"weight": torch.randn(1 << 20), "step": 7, "small": [torch.arange(3), torch.zeros(0)]}
+
+
+def test_the_file_holds_what_was_saved_and_the_record_is_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    assert writer._write(path, STATE) == record_of(path)
+    loaded = torch.load(path, weights_only=True)
+    assert torch.equal(loaded["weight"], STATE["weight"]) and loaded["step"] == 7
+
+
+def test_a_full_disk_is_the_error_that_it_is() -> None:
+    with pytest.raises(OSError) as caught:
+        writer._write(Path("/dev/full"), STATE)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
+
+
+def test_a_missing_folder_and_a_state_that_does_not_pickle_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        writer._write(tmp_path / "absent" / "state.pt", STATE)
+    with pytest.raises(Exception, match="pickle"):
+        writer._write(tmp_path / "state.pt", {"weight": STATE["weight"], "function": lambda: None})
+
+
+def test_what_reads_back_differently_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-I", "-S", "-c", _ON_A_FAILING_DISK, write_file.__file__, str(tmp_path / "f")]
+    process = subprocess.run([*command, str(os.getpid())], input=b"abc", stdout=subprocess.PIPE, check=True)
+    assert b"f reads back other than it was written" in process.stdout
+
+
+_ON_A_FAILING_DISK = """
+import runpy, sys
+del sys.argv[0]
+main = runpy.run_path(sys.argv[0])["main"]
+main.__globals__["size_and_sha256"] = lambda path: (3, "0" * 64)
+main()
+"""
+
+
+def test_an_input_that_was_cut_off_by_the_parents_end_has_no_answer(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-I", "-S", write_file.__file__, str(tmp_path / "state.pt"), str(os.getpid() + 1)],
+        input=b"abc", stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert process.stdout == b""
+
+
+def test_signals_that_end_a_run_do_not_end_the_writing(tmp_path: Path) -> None:
+    """Slurm sends them to every process of a job."""
+    path, records = tmp_path / "state.pt", []
+    state = {str(i): torch.randn(1 << 22) for i in range(12)}  # 192 MiB
+
+    def write() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as the writer's thread does
+        records.append(writer._write(path, state))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    sent = 0
+    while thread.is_alive():
+        listed = Path(f"/proc/self/task/{thread.native_id}/children")
+        for child in listed.read_text().split() if listed.exists() else []:
+            os.kill(int(child), signal.SIGTERM)
+            os.kill(int(child), signal.SIGUSR1)
+            sent += 1
+        time.sleep(0.01)
+    thread.join()
+    assert sent and records == [record_of(path)]
