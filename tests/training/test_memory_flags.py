@@ -82,7 +82,7 @@ def test_recipes_are_settings_that_can_run(path):
     needed = ["--tokenizer-model", "t", "--data-path", "d", "--save", "s"]
     config, _ = parse(["--config", str(path), *needed])
     processes = int(gpus.removesuffix("gpu"))
-    assert config.tensor_model_parallel_size == processes
+    assert config.tensor_model_parallel_size * config.context_parallel_size == processes
     check_ranges(config)
     check_parallelism(config, processes)
     sparsek_config(config)
