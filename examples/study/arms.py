@@ -191,6 +191,25 @@ def from_dense_or_from_scratch() -> tuple[Arm, ...]:
     return (*longer(arms), *(dataclasses.replace(arm, name=f"{arm.name}, from scratch") for arm in arms))
 
 
+def from_scratch() -> tuple[Arm, ...]:
+    """SparseK at 256 keys without a dense start, beside windows and dense attention: what its scorer does to the rest."""
+
+    def arm(name: str, **settings: object) -> Arm:
+        base = {"scorer_lr_mult": 1.0, "initial_slope": 32.0}
+        return learned(f"SparseK, {name}", 128, 128, 64, **{**base, **settings})
+
+    return (
+        fixed("dense", "dense", 128, 128, 64),
+        fixed("window 256", "recent", 128, 128, 64),
+        *(arm(f"scorer rate x {rate:g}", scorer_lr_mult=rate) for rate in (0.1, 1.0, 10.0)),
+        arm("detached scorer", detach_hidden=True),
+        arm("value gate", gate="value"),
+        arm("slope 0", initial_slope=0.0),
+        arm("slope 64", initial_slope=64.0),
+        arm("score spread 0.1", score_spread=0.1),
+    )
+
+
 BASE = "topk 128 + window 128, stride 64, pool 512"
 FASTER = (("key_value", 10.0), ("value", 10.0))
 PRETRAINED = Model(init_method_std=0.04)
@@ -298,6 +317,12 @@ TABLES: dict[str, Table] = {
         from_dense_or_from_scratch(),
         model=PRETRAINED,
         reference="dense",
+    ),
+    "from_scratch": Table(
+        "From scratch at 4,096 tokens: 256 keys, the scorer varied",
+        from_scratch(),
+        model=PRETRAINED,
+        reference="window 256",
     ),
     "passkey": recall_table("Passkey, shown as one token among 1,024", "passkey", 1024),
     "recall": recall_table("Associative recall: 24 pairs among 512 tokens", "recall", 512),
