@@ -192,7 +192,7 @@ def from_dense_or_from_scratch() -> tuple[Arm, ...]:
 
 
 def from_scratch() -> tuple[Arm, ...]:
-    """SparseK at 256 keys without a dense start, beside windows and dense attention: what its scorer does to the rest."""
+    """SparseK at 256 keys without a dense start, its scorer varied, beside a window and dense attention."""
 
     def arm(name: str, **settings: object) -> Arm:
         base = {"scorer_lr_mult": 1.0, "initial_slope": 32.0}
