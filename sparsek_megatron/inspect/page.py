@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from sparsek_megatron.config import SparseKConfig
-from sparsek_megatron.inspect.statistics import HeadStatistics
+from sparsek_megatron.inspect.heads import HeadStatistics
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsek_megatron.inspect.statistics import GATE_BINS, HeadStatistics
+from sparsek_megatron.inspect.heads import GATE_BINS, HeadStatistics
 
 
 def _heatmap(axes: Any, heads: list[HeadStatistics], counts: str) -> Any:

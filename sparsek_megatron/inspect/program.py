@@ -116,9 +116,9 @@ def _inspect(
     from megatron.core import parallel_state
 
     from sparsek_megatron.inspect.collect import recorded_scores, scores_of_all_heads
+    from sparsek_megatron.inspect.heads import head_statistics
     from sparsek_megatron.inspect.page import render
     from sparsek_megatron.inspect.plot import draw
-    from sparsek_megatron.inspect.statistics import head_statistics
     from sparsek_megatron.training import checkpoint, parallel
     from sparsek_megatron.training.model import build_model, token_losses
 

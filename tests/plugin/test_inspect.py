@@ -17,9 +17,9 @@ import torch
 from sparsek_kernels import sparsek
 
 from sparsek_megatron import SparseKConfig
+from sparsek_megatron.inspect.heads import HeadStatistics, head_statistics
 from sparsek_megatron.inspect.page import render
 from sparsek_megatron.inspect.plot import draw
-from sparsek_megatron.inspect.statistics import HeadStatistics, head_statistics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = SparseKConfig(topk=6, window=7, stride=4, pool=15)
@@ -168,7 +168,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shape = (
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --seq-length 128 "
-        "--sparsek-topk 8 --sparsek-window 8 --sparsek-stride 4 --micro-batch-size 2 --train-iters 5 --lr 1e-2"
+        "--sparsek-topk 8 --sparsek-window 8 --sparsek-stride 4 --micro-batch-size 2 --train-iters 5 --lr 1e-2 "
+        "--nproc-per-node 2 --tensor-model-parallel-size 2 --sequence-parallel"
     )
     data = ("--tokenizer-model", str(folder / "t.model"))
     data += ("--train-data-path", str(folder / "text_train"), "--valid-data-path", str(folder / "text_valid"))
