@@ -32,11 +32,12 @@ from sparsek_megatron.quiet import quiet_dependencies  # noqa: E402
 
 quiet_dependencies()  # before megatron-core is imported
 
-from arms import TABLES, Arm, Table  # noqa: E402
+from arms import Arm, Table  # noqa: E402
 from data import Batch, Corpus, Text, generator, make  # noqa: E402
 from model import build, start_megatron  # noqa: E402
 from run import micro  # noqa: E402
 from steps import EAGER_STEPS, Stepper, rate_factor  # noqa: E402
+from tables import TABLES  # noqa: E402
 from train import batch_shape, stepper_for  # noqa: E402
 
 from sparsek_megatron.errors import UserError, report_user_errors  # noqa: E402

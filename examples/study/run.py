@@ -37,9 +37,10 @@ from sparsek_megatron.quiet import quiet_dependencies  # noqa: E402
 
 quiet_dependencies()  # before megatron-core is imported
 
-from arms import TABLES, Arm, Model, Table  # noqa: E402
+from arms import Arm, Model, Table  # noqa: E402
 from data import NAMES, Corpus, make  # noqa: E402
 from pace import Pace  # noqa: E402
+from tables import TABLES  # noqa: E402
 from train import Run, train  # noqa: E402
 
 from sparsek_megatron.errors import UserError, report_user_errors  # noqa: E402

@@ -24,9 +24,9 @@ STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The study's folder on the path."""
     monkeypatch.syspath_prepend(str(STUDY))
-    import arms
+    import tables
 
-    return arms
+    return tables
 
 
 def allowed(kind: str, length: int, topk: int, window: int, stride: int) -> torch.Tensor:
@@ -48,7 +48,9 @@ def test_fixed_scores_are_a_window_and_sinks(kind: str, study: Any) -> None:
     mask = allowed(kind, length, topk, window, stride)
     want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
     torch.testing.assert_close(got, want.transpose(1, 2))
-    names = {arm.name: arm for arm in study.baselines(256, 256, 64)}
+    from arms import baselines
+
+    names = {arm.name: arm for arm in baselines(256, 256, 64)}
     assert names["window 512"].scores == "recent" and names["window 508 + 4 sinks"].scores == "first"
     assert all(arm.sparsek.topk + arm.sparsek.window in (512, 256) for arm in names.values())
 
