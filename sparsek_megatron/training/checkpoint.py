@@ -50,7 +50,7 @@ class Checkpoints:
         self._snapshots = Snapshotter(machine.device)
         self._writer = CheckpointWriter(
             Path(config.save), machine, keep_last_n=config.keep_last_n,
-            timeout_seconds=60 * config.distributed_timeout_minutes,
+            read_back=config.checkpoint_read_back, timeout_seconds=60 * config.distributed_timeout_minutes,
         )  # fmt: skip
 
     def save(self, step: int) -> float:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring standard input to the disk: a program of its own, which the checkpoint writer starts for each file.
 
-    python -I -S write_file.py PATH PARENT
+    python -I -S write_file.py PATH PARENT [--read-back]
 
-It writes, flushes, reads the file back from the disk and prints its size and SHA-256, or the error, as JSON. A thread
-that hashes in pieces would take the interpreter's lock from the training thread thousands of times a second. The
-standard library alone is imported: it starts in milliseconds. If the parent is gone when the input ends, the input was
-cut off, and it ends without an answer.
+It writes, flushes, reads the file back from the disk if asked, and prints its size and SHA-256, or the error, as JSON.
+A thread that hashes in pieces would take the interpreter's lock from the training thread thousands of times a second.
+The standard library alone is imported: it starts in milliseconds. If the parent is gone when the input ends, the input
+was cut off, and it ends without an answer.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def size_and_sha256(path: str | os.PathLike[str]) -> tuple[int, str]:
         return stream.tell(), digest.hexdigest()
 
 
-def write(path: str, parent: int) -> tuple[int, str] | None:
+def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
     """Size and SHA-256 of the file, once it is on the disk; None where the parent process ended first.
 
     Raises:
@@ -43,14 +43,14 @@ def write(path: str, parent: int) -> tuple[int, str] | None:
         os.fsync(stream.fileno())
         # Else the read below would see the page cache and not the disk.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if size_and_sha256(path) != (size, digest.hexdigest()):
+    if read_back and size_and_sha256(path) != (size, digest.hexdigest()):
         raise OSError(f"{os.path.basename(path)} reads back other than it was written: the disk is failing")
     return size, digest.hexdigest()
 
 
 def main() -> None:
     try:
-        answer = write(sys.argv[1], int(sys.argv[2]))
+        answer = write(sys.argv[1], int(sys.argv[2]), read_back="--read-back" in sys.argv[3:])
     except OSError as err:
         print(json.dumps({"errno": err.errno, "error": err.strerror or str(err)}))
     else:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a checkpoint in the background, so that it is complete or absent whatever happens.
 
-Every rank writes its files into one hidden folder, flushes them and reads them back, each in a process of its own
-(`write_file`). When all have said so through the store, the first rank adds the manifest, renames the folder and moves
-`latest`: in that order, each flushed before the next. A kill at any instant leaves the previous checkpoint in force.
-Nothing here runs a collective, so training goes on meanwhile.
+Every rank writes its files into one hidden folder, flushes them and, unless told not to, reads them back, each in a
+process of its own (`write_file`). When all have said so through the store, the first rank adds the manifest, renames
+the folder and moves `latest`: in that order, each flushed before the next. A kill at any instant leaves the previous
+checkpoint in force. Nothing here runs a collective, so training goes on meanwhile.
 """
 
 import fcntl
@@ -41,10 +41,13 @@ _numbers = itertools.count()
 class CheckpointWriter:
     """Writes one checkpoint at a time for this rank; every rank of the run has one and calls it at the same steps."""
 
-    def __init__(self, root: Path, machine: Machine, *, keep_last_n: int, timeout_seconds: float):
+    def __init__(
+        self, root: Path, machine: Machine, *, keep_last_n: int, read_back: bool, timeout_seconds: float
+    ) -> None:
         self._root = root
         self._machine = machine
         self._keep = keep_last_n
+        self._read_back = read_back
         self._timeout = timeout_seconds
         self._thread: threading.Thread | None = None
         self._step = 0
@@ -103,7 +106,8 @@ class CheckpointWriter:
         try:
             ready()
             folder = self.folder(step)
-            told = {"files": {name: asdict(_write(folder / name, state)) for name, state in files.items()}}
+            records = {name: _write(folder / name, state, self._read_back) for name, state in files.items()}
+            told = {"files": {name: asdict(record) for name, record in records.items()}}
         except Exception as err:
             told = {"error": _reason(err)}
         try:
@@ -164,7 +168,7 @@ class CheckpointWriter:
         return _DONE
 
     def _prune(self, step: int) -> None:
-        """Remove all but the `keep_last_n` newest up to `step`, the one just written and read back among them."""
+        """Remove all but the `keep_last_n` newest up to `step`, the one just written among them."""
         for replaced in self._root.glob(_REPLACED + "*"):
             shutil.rmtree(replaced, ignore_errors=True)
         if self._keep:
@@ -173,13 +177,14 @@ class CheckpointWriter:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, state: Any) -> FileRecord:
-    """Write one file, flush it, read it back: `torch.save` into the process that does the rest.
+def _write(path: Path, state: Any, read_back: bool) -> FileRecord:
+    """Write one file, flush it, read it back if asked: `torch.save` into the process that does the rest.
 
     Raises:
         OSError: it cannot be written, or what is on the disk is not what was written.
     """
     command = [sys.executable, "-I", "-S", write_file.__file__, str(path), str(os.getpid())]
+    command += ["--read-back"] if read_back else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         failure = None

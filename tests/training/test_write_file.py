@@ -21,28 +21,30 @@ STATE = {"weight": torch.randn(1 << 20), "step": 7, "small": [torch.arange(3), t
 
 def test_the_file_holds_what_was_saved_and_the_record_is_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    assert writer._write(path, STATE) == record_of(path)
+    assert writer._write(path, STATE, True) == record_of(path)
     loaded = torch.load(path, weights_only=True)
     assert torch.equal(loaded["weight"], STATE["weight"]) and loaded["step"] == 7
 
 
 def test_a_full_disk_is_the_error_that_it_is() -> None:
     with pytest.raises(OSError) as caught:
-        writer._write(Path("/dev/full"), STATE)
+        writer._write(Path("/dev/full"), STATE, True)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
 
 
 def test_a_missing_folder_and_a_state_that_does_not_pickle_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        writer._write(tmp_path / "absent" / "state.pt", STATE)
+        writer._write(tmp_path / "absent" / "state.pt", STATE, True)
     with pytest.raises(Exception, match="pickle"):
-        writer._write(tmp_path / "state.pt", {"weight": STATE["weight"], "function": lambda: None})
+        writer._write(tmp_path / "state.pt", {"weight": STATE["weight"], "function": lambda: None}, True)
 
 
-def test_what_reads_back_differently_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_back", [True, False])
+def test_what_reads_back_differently_is_refused(tmp_path: Path, read_back: bool) -> None:
     command = [sys.executable, "-I", "-S", "-c", _ON_A_FAILING_DISK, write_file.__file__, str(tmp_path / "f")]
-    process = subprocess.run([*command, str(os.getpid())], input=b"abc", stdout=subprocess.PIPE, check=True)
-    assert b"f reads back other than it was written" in process.stdout
+    command += [str(os.getpid()), *(["--read-back"] if read_back else [])]
+    process = subprocess.run(command, input=b"abc", stdout=subprocess.PIPE, check=True)
+    assert (b"f reads back other than it was written" in process.stdout) == read_back
 
 
 _ON_A_FAILING_DISK = """
@@ -69,7 +71,7 @@ def test_signals_that_end_a_run_do_not_end_the_writing(tmp_path: Path) -> None:
 
     def write() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as the writer's thread does
-        records.append(writer._write(path, state))
+        records.append(writer._write(path, state, True))
 
     thread = threading.Thread(target=write)
     thread.start()
