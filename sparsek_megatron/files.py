@@ -6,11 +6,16 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from sparsek_megatron.errors import UserError
+
+_LOCK = ".lock"
+_DAY = 24 * 3600
 
 
 def fsync_path(path: Path) -> None:
@@ -83,7 +88,7 @@ def lock_folder(folder: Path, flag: str) -> IO[Any]:
     Raises:
         UserError: another process holds it.
     """
-    stream = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
+    stream = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
@@ -92,4 +97,24 @@ def lock_folder(folder: Path, flag: str) -> IO[Any]:
             raise UserError(f"{flag} {folder}: another run is writing there; wait for it or end it") from None
         if err.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
             raise
+    with contextlib.suppress(OSError):  # a full disk: `remove_abandoned` then takes it for another machine's
+        os.write(stream.fileno(), socket.gethostname().encode())
     return stream
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove a folder that a process had made for itself and held by `lock_folder`, if that process has ended.
+
+    What cannot be told stays: a folder on a file system without locks; and for a day after it was last written one
+    that another machine holds, whose locks some file systems do not show, or that is not held yet.
+    """
+    lock = folder / _LOCK
+    with contextlib.suppress(OSError):
+        own = lock.is_file() and lock.read_text(encoding="utf-8") == socket.gethostname()
+        written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        if not own and time.time() - written < _DAY:
+            return
+        with open(lock, "a", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.rmdir()  # NFS keeps what holds an open file

@@ -16,7 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from sparsek_megatron.errors import UserError
-from sparsek_megatron.files import fsync_path, publish
+from sparsek_megatron.files import fsync_path, lock_folder, publish, remove_abandoned
+
+_DIGITS = 32
 
 
 def complete_cache(
@@ -25,14 +27,18 @@ def complete_cache(
     """The folder below `cache` that holds the indices of the datasets at `prefixes`, made first where it is not there.
 
     Call it on every rank. Indices depend on the documents' lengths (the `.idx` files) and on `settings`, which can be
-    written as JSON. `build(folder)` makes the datasets with `folder` as mcore's `path_to_cache`, on every rank.
+    written as JSON. `build(folder)` makes the datasets with `folder` as mcore's `path_to_cache`, on every rank. What
+    builds that were killed have left below `cache` is removed first.
 
     Raises:
         UserError: the cache cannot be written. Nothing half-written is left.
     """
     is_first = dist.get_rank() == 0
     plan: list[Any] = [None]
+    lock = None
     if is_first:
+        for stale in cache.glob(f".{'[0-9a-f]' * _DIGITS}.partial-*"):
+            remove_abandoned(stale)
         folder = cache / _digest(prefixes, settings)
         partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
         plan = [(folder, None if folder.is_dir() else partial)]
@@ -43,6 +49,7 @@ def complete_cache(
     try:
         if is_first:
             partial.mkdir(parents=True)
+            lock = lock_folder(partial, "--data-cache-path")
         build(partial)
         dist.barrier()  # until no rank reads there
         if is_first:
@@ -57,6 +64,8 @@ def complete_cache(
             "space or choose another folder"
         ) from err
     finally:
+        if lock:
+            lock.close()
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -67,7 +76,7 @@ def _digest(prefixes: Sequence[str], settings: Mapping[str, Any]) -> str:
     for prefix in prefixes:
         with open(prefix + ".idx", "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens a step sees: Megatron's datasets behind an order that depends on nothing but the seed."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from megatron.core.datasets.blended_megatron_dataset_config import parse_and_nor
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import get_blend_from_list, normalize
+from programs import kill_all, start_code
 
 from sparsek_megatron.data.datasets import StepSampler, batches, build_datasets, validation_entropy
+from sparsek_megatron.data.index_cache import complete_cache
 from sparsek_megatron.data.paths import DataPaths, parse_blend, parse_split
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
@@ -97,6 +101,67 @@ def test_a_disk_that_fills_leaves_no_half_index(prepared, tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written there \(Not a directory"):
         build(prepared, tmp_path / "file", paths)
+
+
+SLOW_BUILD = """
+import time
+from pathlib import Path
+import torch.distributed as dist
+from sparsek_megatron.data.index_cache import complete_cache
+
+def build(folder):
+    (folder / "index.npy").write_bytes(b"half")
+    time.sleep(600)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+complete_cache(Path({cache!r}), [{prefix!r}], {{"seed": {seed}}}, build)
+"""
+
+
+def partials(cache: Path) -> set[str]:
+    return {path.parent.name for path in cache.glob(".*.partial-*/index.npy")}
+
+
+def test_what_a_killed_build_left_is_removed_and_what_a_running_one_writes_is_not(prepared, tmp_path):
+    def build(folder: Path) -> None:
+        (folder / "index.npy").write_bytes(b"whole")
+
+    running = [start_code(SLOW_BUILD.format(cache=str(tmp_path), prefix=prepared.train, seed=seed)) for seed in (1, 2)]
+    try:
+        deadline = time.monotonic() + 100
+        while len(partials(tmp_path)) < 2:
+            assert time.monotonic() < deadline and not any(each.poll() for each in running)
+            time.sleep(0.05)
+        both = partials(tmp_path)
+        same = complete_cache(tmp_path, [prepared.train], {"seed": 1}, build)  # which one of them is building too
+        assert (same / "index.npy").read_bytes() == b"whole" and partials(tmp_path) == both
+        kill_all(running[0])
+        assert complete_cache(tmp_path, [prepared.train], {"seed": 1}, build) == same
+        (left,) = partials(tmp_path)
+        assert left in both and not left.startswith(f".{same.name}")
+        kill_all(running[1])
+        complete_cache(tmp_path, [prepared.train], {"seed": 2}, build)
+    finally:
+        for each in running:
+            if each.poll() is None:
+                kill_all(each)
+    assert len(list(tmp_path.iterdir())) == 2 and not partials(tmp_path)
+
+
+@pytest.mark.parametrize("lock", ["another-machine", "", None], ids=["elsewhere", "not held yet", "no lock"])
+def test_a_build_that_may_run_on_another_machine_is_left_for_a_day(prepared, tmp_path, lock):
+    partial = tmp_path / f".{'0123456789abcdef' * 2}.partial-01234567"
+    partial.mkdir()
+    (partial / "index.npy").write_bytes(b"half")
+    if lock is not None:
+        (partial / ".lock").write_text(lock)
+    complete_cache(tmp_path, [prepared.train], {}, lambda folder: None)
+    assert partials(tmp_path) == {partial.name}
+    yesterday = time.time() - 25 * 3600
+    for path in (*partial.iterdir(), partial):
+        os.utime(path, (yesterday, yesterday))
+    complete_cache(tmp_path, [prepared.train], {}, lambda folder: None)
+    assert not partial.exists()
 
 
 def test_blends_and_splits_of_one_dataset(prepared, tmp_path):
