@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparsek_megatron.data.fingerprint import index_sha256
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import fsync_path, lock_folder, publish, remove_abandoned
 
@@ -74,8 +75,7 @@ def complete_cache(
 def _digest(prefixes: Sequence[str], settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for prefix in prefixes:
-        with open(prefix + ".idx", "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(index_sha256(prefix)))
     return digest.hexdigest()[:_DIGITS]
 
 

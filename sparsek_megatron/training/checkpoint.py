@@ -11,7 +11,7 @@ import json
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from sparsek_megatron.data.fingerprint import Fingerprint
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import fsync_path
 from sparsek_megatron.training.arguments import TrainingConfig
@@ -40,13 +41,20 @@ from sparsek_megatron.training.writer import CheckpointWriter
 
 
 class Checkpoints:
-    """Saves the checkpoints of one run. Every rank has one and calls each method at the same steps."""
+    """Saves the checkpoints of one run. Every rank has one and calls each method at the same steps.
 
-    def __init__(self, engine: Any, config: TrainingConfig, machine: Machine, *, tokenizer_sha256: str):
+    Each records the tokenizer and, by prefix, the data that the run began with; of the first rank's `data` alone.
+    """
+
+    def __init__(
+        self, engine: Any, config: TrainingConfig, machine: Machine, *, tokenizer_sha256: str,
+        data: Mapping[str, Fingerprint],
+    ):  # fmt: skip
         self._engine = engine
         self._config = config
         self._machine = machine
         self._tokenizer_sha256 = tokenizer_sha256
+        self._data = data
         self._snapshots = Snapshotter(machine.device)
         self._writer = CheckpointWriter(
             Path(config.save), machine, keep_last_n=config.keep_last_n,
@@ -95,7 +103,7 @@ class Checkpoints:
         settings = dataclasses.asdict(self._config) | {name: getattr(self._config, name) for name in DERIVED}
         run = {
             "step": step, "world_size": self._machine.world_size, "tokenizer_sha256": self._tokenizer_sha256,
-            "settings": settings,
+            "data": {prefix: dataclasses.asdict(each) for prefix, each in self._data.items()}, "settings": settings,
         }  # fmt: skip
         path.write_text(json.dumps(run, indent=1), encoding="utf-8")
         fsync_path(path)

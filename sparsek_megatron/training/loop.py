@@ -2,7 +2,7 @@
 """The training loop: steps, validations, checkpoints, and what interrupts them: bad gradients, signals, hangs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from sparsek_megatron.data.datasets import StepSampler, batches
+from sparsek_megatron.data.fingerprint import Fingerprint
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.checkpoint import Checkpoints
@@ -41,13 +42,14 @@ class Trainer:
         train_set: Dataset[Any],
         valid_set: Dataset[Any] | None,
         tokenizer_sha256: str,
+        data: Mapping[str, Fingerprint],
         report: Report | None,
     ):
         self.config = config
         self.engine = engine
         self.machine = machine
         self.report = report
-        self.checkpoints = Checkpoints(engine, config, machine, tokenizer_sha256=tokenizer_sha256)
+        self.checkpoints = Checkpoints(engine, config, machine, tokenizer_sha256=tokenizer_sha256, data=data)
         self._train_set, self._valid_set = train_set, valid_set
         self._mpu = DeepSpeedMpu()
         self._data_parallel = parallel_state.get_data_parallel_world_size()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sparsek_megatron.data.datasets import build_datasets, validation_entropy
+from sparsek_megatron.data.fingerprint import Fingerprint, changed_data, fingerprint
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.files import lock_folder, require_free_space
 from sparsek_megatron.liveness import Liveness
@@ -17,7 +18,7 @@ from sparsek_megatron.training.flops import flops_per_token, peak_tflops
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, uses_bf16
 from sparsek_megatron.training.report import Report
-from sparsek_megatron.training.run_folder import changed_settings, check_resume
+from sparsek_megatron.training.run_folder import changed_settings, check_resume, read_run
 from sparsek_megatron.training.stopping import StopRequest
 from sparsek_megatron.training.validate import data_paths
 
@@ -55,6 +56,7 @@ def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest)
     paths = data_paths(config)
     data_parallel = config.data_parallel_size(machine.world_size)
     batch = config.global_batch_size or config.micro_batch_size * data_parallel
+    data = {prefix: fingerprint(prefix) for prefix in paths.prefixes()} if machine.is_first else {}
     train_set, valid_set = build_datasets(
         paths,
         tokenizer,
@@ -66,7 +68,7 @@ def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest)
     )
     report = None
     if machine.is_first:
-        _introduce(config, machine, own_parameters, optimizer, start)
+        _introduce(config, machine, own_parameters, optimizer, start, data)
         report = Report(
             config,
             start=start,
@@ -77,7 +79,7 @@ def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest)
         )
     trainer = Trainer(
         config, engine, machine, train_set=train_set, valid_set=valid_set, tokenizer_sha256=tokenizer.sha256,
-        report=report,
+        data=data, report=report,
     )  # fmt: skip
     try:
         trainer.train(start, stop)
@@ -97,8 +99,9 @@ def _peak_flops(config: TrainingConfig, machine: parallel.Machine) -> float | No
 
 
 def _introduce(
-    config: TrainingConfig, machine: parallel.Machine, own_parameters: int, optimizer: str, start: int
-) -> None:
+    config: TrainingConfig, machine: parallel.Machine, own_parameters: int, optimizer: str, start: int,
+    data: dict[str, Fingerprint],
+) -> None:  # fmt: skip
     device = f"GPU ({torch.cuda.get_device_name()})" if machine.on_gpu else "CPU"
     backend = "NCCL, Triton kernels" if machine.on_gpu else "gloo, torch kernels"
     precision = "bf16" if uses_bf16(config, on_gpu=machine.on_gpu) else "fp32"
@@ -114,5 +117,8 @@ def _introduce(
         print(f"{config.load}: already at step {start} of {config.train_iters}; nothing left to train", flush=True)
     elif start:
         print(f"resuming {config.load} from step {start}", flush=True)
-        for line in changed_settings(config, start):
+        recorded = read_run(config.load or "", start).get("data", {})
+        before = {prefix: Fingerprint(**each) for prefix, each in recorded.items()}
+        changed = changed_data(data_paths(config), before, data, step=start)
+        for line in (*changed_settings(config, start), *changed):
             print(line, flush=True)

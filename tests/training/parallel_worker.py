@@ -96,7 +96,7 @@ def trajectory(
         engine = engine_of(config)
         return Trainer(
             config, engine, machine, train_set=train_set, valid_set=valid_set, tokenizer_sha256=tokenizer.sha256,
-            report=recorder,
+            data={}, report=recorder,
         )  # fmt: skip
 
     first = trainer()

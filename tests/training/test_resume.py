@@ -9,11 +9,13 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from programs import Prepared, finish, run, start, start_script
 
+from sparsek_megatron.data.fingerprint import fingerprint
 from sparsek_megatron.training.arguments import parse
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.report import read_metrics
@@ -148,6 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(prepared, u
     file.write_bytes(content)
     said = train(prepared, save)
     assert f"{save / 'step_00000006'}: {file.name} is damaged (its checksum differs); it is passed over" in said
+    assert said.count("warning: ") == 1  # the data is what it was
     assert f"resuming {save} from step 3" in said and "Traceback" not in said
     assert trajectory(save) == trajectory(uninterrupted)
     assert check_sizes(save / "step_00000006") is None and check_contents(save / "step_00000006") is None
@@ -184,6 +187,25 @@ def test_settings_that_change_the_curves_are_named_on_resuming(prepared, uninter
     assert line.startswith("note: --valid-data-path was ") and "validation losses from here on" in line
 
 
-def test_settings_are_stored_with_the_checkpoint(uninterrupted):
+def test_data_that_changed_is_named_on_resuming_until_the_next_checkpoint(prepared, tmp_path):
+    shutil.copytree(prepared.folder, tmp_path / "data")
+    own, save = Prepared(tmp_path / "data"), tmp_path / "run"
+    flags = [*own.flags(save), "--load", str(save), "--valid-data-path", prepared.valid]
+
+    def warnings(exit_interval: int) -> list[str]:
+        said = run("pretrain_gpt.py", *flags, "--exit-interval", str(exit_interval))
+        return [line for line in said.splitlines() if "warning: --" in line]
+
+    assert warnings(1) == []
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(prepared.valid + suffix, own.train + suffix)
+    (line,) = warnings(2)
+    assert line.startswith(f"warning: --train-data-path: changed since the checkpoint of step 1: {own.train} (.bin had")
+    assert "from step 2 on samples are drawn in another order" in line
+    assert warnings(3) == []
+
+
+def test_settings_are_stored_with_the_checkpoint(prepared, uninterrupted):
     saved = json.loads((uninterrupted / "step_00000008" / "run.json").read_text())
     assert saved["step"] == 8 and saved["world_size"] == 2 and saved["settings"]["sparsek_topk"] == 8
+    assert saved["data"] == {prefix: asdict(fingerprint(prefix)) for prefix in (prepared.train, prepared.valid)}
