@@ -23,7 +23,7 @@ from sparsek_megatron.training.writer import CheckpointWriter
 
 def writer(root, keep_last_n=0) -> CheckpointWriter:
     machine = Machine(0, 1, torch.device("cpu"), torch.distributed.HashStore())
-    return CheckpointWriter(root, machine, keep_last_n=keep_last_n, timeout_seconds=10)
+    return CheckpointWriter(root, machine, keep_last_n=keep_last_n, read_back=True, timeout_seconds=10)
 
 
 def write(root, *steps: int, keep_last_n: int = 0, state=None) -> CheckpointWriter:
@@ -117,7 +117,8 @@ class Malicious:
 def test_what_was_half_written_is_removed_when_no_rank_writes_any_more(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "_numbers", iter([0]))
     store = torch.distributed.HashStore()
-    first = CheckpointWriter(tmp_path, Machine(0, 2, torch.device("cpu"), store), keep_last_n=0, timeout_seconds=10)
+    machine = Machine(0, 2, torch.device("cpu"), store)
+    first = CheckpointWriter(tmp_path, machine, keep_last_n=0, read_back=True, timeout_seconds=10)
     first.folder(3).mkdir()
     first.begin(3, {"no/such/folder.pt": {}}, ready=lambda: None)
     while not store.check(["checkpoint_0/0"]):  # the first rank has failed
