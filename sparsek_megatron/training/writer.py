@@ -200,10 +200,10 @@ def _write(path: Path, state: Any, read_back: bool) -> FileRecord:
         if answer["errno"] is None:
             raise OSError(answer["error"])
         raise OSError(answer["errno"], answer["error"], str(path))
+    if answer is None:
+        raise OSError(f"the process that writes {path.name} ended with code {process.returncode}") from failure
     if failure is not None:
         raise failure
-    if answer is None:
-        raise OSError(f"the process that writes {path.name} ended with code {process.returncode}")
     return FileRecord(*answer)
 
 

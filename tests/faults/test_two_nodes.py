@@ -4,6 +4,7 @@
 Needs root, and runs where the ordinary suite does not: `pytest -m slow tests/faults/test_two_nodes.py`.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -68,7 +69,8 @@ def kill(process: subprocess.Popen) -> None:
     """Power off a node: SIGKILL to everything that runs on it."""
     everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in everything:
-        each.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that writes a file may have ended
+            each.kill()
     process.wait()
 
 

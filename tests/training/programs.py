@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs as a user starts them, on prepared data, with no process left behind whatever happens."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def run(script: str, *arguments: str, code: int = 0, **options) -> str:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and to its workers, which have sessions of their own."""
+    """SIGKILL to a launcher and to its workers, which have sessions of their own, and what they have started."""
     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        each.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that writes a file may have ended
+            each.kill()
     process.communicate()

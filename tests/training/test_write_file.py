@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that brings one file of a checkpoint to the disk."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -64,24 +65,42 @@ def test_an_input_that_was_cut_off_by_the_parents_end_has_no_answer(tmp_path: Pa
     assert process.stdout == b""
 
 
-def test_signals_that_end_a_run_do_not_end_the_writing(tmp_path: Path) -> None:
-    """Slurm sends them to every process of a job."""
-    path, records = tmp_path / "state.pt", []
-    state = {str(i): torch.randn(1 << 22) for i in range(12)}  # 192 MiB
+def writing(path: Path, state: object, number: int) -> tuple[list[object], int]:
+    """(The record, or the error, of `state` written by a thread like the writer's; how often its process was there to
+    be sent signal `number`.)"""
+    ended: list[object] = []
 
     def write() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as the writer's thread does
-        records.append(writer._write(path, state, True))
+        try:
+            ended.append(writer._write(path, state, True))
+        except OSError as err:
+            ended.append(err)
 
     thread = threading.Thread(target=write)
     thread.start()
-    sent = 0
+    listed, sent = Path(f"/proc/self/task/{thread.native_id}/children"), 0
     while thread.is_alive():
-        listed = Path(f"/proc/self/task/{thread.native_id}/children")
-        for child in listed.read_text().split() if listed.exists() else []:
-            os.kill(int(child), signal.SIGTERM)
-            os.kill(int(child), signal.SIGUSR1)
-            sent += 1
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in listed.read_text().split():
+                os.kill(int(child), number)
+                sent += 1
         time.sleep(0.01)
     thread.join()
-    assert sent and records == [record_of(path)]
+    return ended, sent
+
+
+LARGE = {str(i): torch.randn(1 << 22) for i in range(12)}  # 192 MiB: takes a while
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_that_end_a_run_do_not_end_the_writing(tmp_path: Path, number: int) -> None:
+    """Slurm sends them to every process of a job."""
+    path = tmp_path / "state.pt"
+    ended, sent = writing(path, LARGE, number)
+    assert sent and ended == [record_of(path)]
+
+
+def test_a_process_that_is_killed_is_an_error(tmp_path: Path) -> None:
+    (error,), _ = writing(tmp_path / "state.pt", LARGE, signal.SIGKILL)
+    assert "the process that writes state.pt ended with code -9" in str(error)
