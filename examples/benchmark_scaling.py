@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
 
 def start() -> torch.device:
     """The process group of the launch, NCCL on GPUs and gloo on CPU."""
-    order_launches()
+    order_launches(int(os.environ.get("WORLD_SIZE", "1")))
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",

@@ -297,6 +297,7 @@ class Benchmark:
 
 if __name__ == "__main__":
     quiet_dependencies()
-    order_launches()
     with report_user_errors():
-        Benchmark(build_parser().parse_args()).run()
+        arguments = build_parser().parse_args()
+        order_launches(arguments.tensor_model_parallel_size * arguments.context_parallel_size)
+        Benchmark(arguments).run()

@@ -41,8 +41,6 @@ if [ -n "${NET_INTERFACE:-}" ]; then
     # Both otherwise take the first interface that is up, which may be a container bridge that other nodes cannot reach.
     export NCCL_SOCKET_IFNAME="$NET_INTERFACE" GLOO_SOCKET_IFNAME="$NET_INTERFACE"
 fi
-# Kernels then start in the order of their launch, by which Megatron's tensor parallelism overlaps them with collectives.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Sequences of one length leave few holes, validation and checkpoints more: let the allocator grow segments in place.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # torchrun would set 1; the data loader and CPU offload use what there is.

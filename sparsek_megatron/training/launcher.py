@@ -14,11 +14,14 @@ from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, UserError
 from sparsek_megatron.training.stopping import release_signals
 
 
-def order_launches() -> None:
-    """Let the GPU start kernels in the order of their launch: a collective then begins before the matrix product that
-    it overlaps, as Megatron's tensor parallelism expects. The driver reads this when CUDA starts: call it first.
+def order_launches(ranks_of_a_layer: int) -> None:
+    """Where several ranks share a layer, let the GPU start kernels in the order of their launch: a collective then
+    begins before the matrix product that it overlaps, as Megatron expects of tensor and context parallelism.
+
+    The driver reads this when CUDA starts: call it before anything asks for a device.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if ranks_of_a_layer > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def is_launched() -> bool:

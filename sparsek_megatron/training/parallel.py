@@ -54,7 +54,7 @@ def initialize(config: TrainingConfig) -> Machine:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    order_launches()
+    order_launches(config.tensor_model_parallel_size * config.context_parallel_size)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -22,8 +22,8 @@ def pretrain(argv: Sequence[str], program: str) -> None:
     Raises:
         UserError: for each thing that the user can fix.
     """
-    order_launches()
     config, processes = parse(argv)
+    order_launches(config.tensor_model_parallel_size * config.context_parallel_size)
     start_here = processes is not None and not is_launched()
     world_size = processes_to_start(processes) if start_here else world_size_of_environment()
     check_run(config, world_size, on_gpu=torch.cuda.is_available())

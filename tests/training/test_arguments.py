@@ -268,9 +268,13 @@ def test_a_reader_that_goes_ends_the_program_quietly():
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
-def test_launches_are_ordered_before_cuda_starts(monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [([], "1"), (["--tensor-model-parallel-size", "1", "--no-sequence-parallel"], None)]
+)
+def test_launches_are_ordered_before_cuda_starts_where_ranks_share_a_layer(monkeypatch, flags, wanted):
     """The driver reads the variable once. Asking torch for a device starts it."""
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")  # what it was comes back after the test
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     seen = []
 
     def ask():
@@ -278,6 +282,7 @@ def test_launches_are_ordered_before_cuda_starts(monkeypatch):
         return False
 
     monkeypatch.setattr("torch.cuda.is_available", ask)
+    config = str(REPOSITORY / "examples/configs/tiny_cpu.yaml")
     with pytest.raises(UserError):
-        pretrain([*NEEDED, "--config", str(REPOSITORY / "examples/configs/tiny_cpu.yaml")], "pretrain_gpt.py")
-    assert seen and set(seen) == {"1"}
+        pretrain([*NEEDED, "--config", config, *flags], "pretrain_gpt.py")
+    assert seen and set(seen) == {wanted}
