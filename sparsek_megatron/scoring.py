@@ -163,10 +163,18 @@ class ScoringNetwork(MegatronModule):
             scores = gather_from_sequence_parallel_region(scores, group=self.tp_group)
         elif self.tp_group.size() > 1:
             scores = self._summed_in_backward(scores)
-        heads = slice(self.head_start, self.head_start + self.num_heads)
-        scores = scores[..., heads].transpose(0, 1).contiguous()
-        if self.slope is not None:
-            slope = self._summed_in_backward(self.slope)[heads].to(scores.dtype)
-            relative = positions.to(scores.dtype) / self.reference_length
-            scores = scores + relative[..., None] * slope
-        return scores
+        scores = scores[..., self._own_heads].transpose(0, 1).contiguous()
+        return scores if self.slope is None else scores + self.position_term(positions, scores.dtype)
+
+    def position_term(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """slope * position / L_ref of this rank's KV heads, for positions [s] or [b, s]: [s, n / tp] or [b, s, n / tp].
+
+        For a scorer with `position_slope`.
+        """
+        assert self.slope is not None
+        slope = self._summed_in_backward(self.slope)[self._own_heads].to(dtype)
+        return (positions.to(dtype) / self.reference_length)[..., None] * slope
+
+    @property
+    def _own_heads(self) -> slice:
+        return slice(self.head_start, self.head_start + self.num_heads)

@@ -55,8 +55,7 @@ class StudySelfAttention(SparseKSelfAttention):
         scorer = self.scorer
         if scorer.slope is None:
             return torch.zeros(1, length, 1, device=device)
-        position = torch.arange(length, device=device, dtype=torch.float32)
-        return (position / scorer.reference_length)[None, :, None] * scorer.slope.float()
+        return scorer.position_term(torch.arange(length, device=device), torch.float32)[None]
 
 
 class KeyScoreCoreAttention(SparseKCoreAttention):

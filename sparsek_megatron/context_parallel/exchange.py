@@ -182,8 +182,8 @@ class StartFromEarlierChunks(torch.autograd.Function):
         carried = torch.cat([pool_scores(own_pool), own_recent], dim=-1)
         carried = carried.masked_fill(carried == float("-inf"), 0).to(scores.dtype).transpose(2, 3)
         outputs = [own_pool, own_recent]
-        for slot, (of_pool, of_chunk) in enumerate(zip(carried, scores.split(sizes.length, dim=1), strict=True)):
-            outputs += [*rows[slot], torch.cat([of_pool, of_chunk], dim=1)]
+        for both, of_pool, of_chunk in zip(rows, carried, scores.split(sizes.length, dim=1), strict=True):
+            outputs += [*both, torch.cat([of_pool, of_chunk], dim=1)]
         ctx.exchange = exchange
         ctx.save_for_backward(pool)
         ctx.mark_non_differentiable(own_pool, own_recent)

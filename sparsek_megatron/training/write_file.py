@@ -41,8 +41,8 @@ def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
         if os.getppid() != parent:
             return None
         os.fsync(stream.fileno())
-        # Else the read below would see the page cache and not the disk.
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if read_back:  # else it would see the page cache and not the disk
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if read_back and size_and_sha256(path) != (size, digest.hexdigest()):
         raise OSError(f"{os.path.basename(path)} reads back other than it was written: the disk is failing")
     return size, digest.hexdigest()

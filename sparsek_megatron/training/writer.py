@@ -106,7 +106,9 @@ class CheckpointWriter:
         try:
             ready()
             folder = self.folder(step)
-            records = {name: _write(folder / name, state, self._read_back) for name, state in files.items()}
+            records = {
+                name: _write(folder / name, state, read_back=self._read_back) for name, state in files.items()
+            }
             told = {"files": {name: asdict(record) for name, record in records.items()}}
         except Exception as err:
             told = {"error": _reason(err)}
@@ -177,7 +179,7 @@ class CheckpointWriter:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, state: Any, read_back: bool) -> FileRecord:
+def _write(path: Path, state: Any, *, read_back: bool) -> FileRecord:
     """Write one file, flush it, read it back if asked: `torch.save` into the process that does the rest.
 
     Raises:

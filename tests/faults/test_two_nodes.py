@@ -4,7 +4,6 @@
 Needs root, and runs where the ordinary suite does not: `pytest -m slow tests/faults/test_two_nodes.py`.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -12,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from programs import REPOSITORY, environment
+from programs import REPOSITORY, environment, kill_all
 
 from sparsek_megatron.training.report import read_metrics
 
@@ -65,15 +63,6 @@ def start_node(number: int, flags: list[str], log: Path) -> subprocess.Popen:
         )
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Power off a node: SIGKILL to everything that runs on it."""
-    everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in everything:
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that writes a file may have ended
-            each.kill()
-    process.wait()
-
-
 def run_job(flags: list[str], save: Path, folder: Path, *, kill_at_step: int | None = None) -> str:
     """Both nodes to their end, the second one killed and started again after `kill_at_step`; what they printed."""
     logs = [folder / f"{save.name}{number}.log" for number in (0, 1)]
@@ -84,7 +73,7 @@ def run_job(flags: list[str], save: Path, folder: Path, *, kill_at_step: int | N
             while not any(record["step"] >= kill_at_step for record in read_metrics(save)):
                 assert time.monotonic() < deadline and running[0].poll() is None, logs[0].read_text()
                 time.sleep(0.01)
-            kill(running[1])
+            kill_all(running[1])
             running[1] = start_node(1, flags, logs[1])
         for process in running:
             process.wait(timeout=max(1.0, deadline - time.monotonic()))
@@ -93,7 +82,7 @@ def run_job(flags: list[str], save: Path, folder: Path, *, kill_at_step: int | N
     finally:
         for process in running:
             if process.poll() is None:
-                kill(process)
+                kill_all(process)
     said = "\n".join(log.read_text() for log in logs)
     assert [process.returncode for process in running] == [0, 0], said
     return said

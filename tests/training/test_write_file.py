@@ -22,22 +22,22 @@ STATE = {"weight": torch.randn(1 << 20), "step": 7, "small": [torch.arange(3), t
 
 def test_the_file_holds_what_was_saved_and_the_record_is_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    assert writer._write(path, STATE, True) == record_of(path)
+    assert writer._write(path, STATE, read_back=True) == record_of(path)
     loaded = torch.load(path, weights_only=True)
     assert torch.equal(loaded["weight"], STATE["weight"]) and loaded["step"] == 7
 
 
 def test_a_full_disk_is_the_error_that_it_is() -> None:
     with pytest.raises(OSError) as caught:
-        writer._write(Path("/dev/full"), STATE, True)
+        writer._write(Path("/dev/full"), STATE, read_back=True)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
 
 
 def test_a_missing_folder_and_a_state_that_does_not_pickle_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        writer._write(tmp_path / "absent" / "state.pt", STATE, True)
+        writer._write(tmp_path / "absent" / "state.pt", STATE, read_back=True)
     with pytest.raises(Exception, match="pickle"):
-        writer._write(tmp_path / "state.pt", {"weight": STATE["weight"], "function": lambda: None}, True)
+        writer._write(tmp_path / "state.pt", {"weight": STATE["weight"], "function": lambda: None}, read_back=True)
 
 
 @pytest.mark.parametrize("read_back", [True, False])
@@ -73,7 +73,7 @@ def writing(path: Path, state: object, number: int) -> tuple[list[object], int]:
     def write() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as the writer's thread does
         try:
-            ended.append(writer._write(path, state, True))
+            ended.append(writer._write(path, state, read_back=True))
         except OSError as err:
             ended.append(err)
 
