@@ -129,6 +129,15 @@ def training_cp2_pp2() -> dict[str, Any]:
 
 
 @case
+def training_pp2() -> dict[str, Any] | None:
+    """For a launch of two ranks."""
+    if torch.distributed.get_world_size() != 2:
+        return None
+    reference = one_process()
+    return compare(reference, train(1, 2, COMPARED, distributed=False, weights=reference["initial"]))
+
+
+@case
 def covering_selection_on_pp2_tp2_sp() -> dict[str, Any]:
     """A SparseK model with topk + window >= s in a pipeline against the stock dense model in one process."""
     covering = SparseKConfig(topk=20, window=12, stride=4)
