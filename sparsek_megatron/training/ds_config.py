@@ -64,6 +64,8 @@ def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, o
         # The client optimizer is DeepSpeedCPUAdam where the state is offloaded: see engine.build_optimizer.
         "bf16": {"enabled": bf16},
         "steps_per_print": _NEVER,
+        # Its timer waits for the whole device twice a step, and so for copies of a checkpoint that are under way.
+        "timers": {"throughput": {"enabled": False}},
         "wall_clock_breakdown": False,
     }
     if config.deepspeed_config:

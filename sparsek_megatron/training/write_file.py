@@ -49,6 +49,7 @@ def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
 
 
 def main() -> None:
+    os.nice(19)  # training comes first
     try:
         answer = write(sys.argv[1], int(sys.argv[2]), read_back="--read-back" in sys.argv[3:])
     except OSError as err:

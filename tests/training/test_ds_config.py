@@ -25,13 +25,14 @@ def test_auto_is_filled_from_the_run_and_the_rest_is_passed_on(tmp_path):
     settings = {
         "train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": 12345},
-        "comms_logger": {"enabled": True},
+        "comms_logger": {"enabled": True}, "timers": {"throughput": {"synchronized": False}},
     }  # fmt: skip
     built = build(tmp_path, settings, bf16=True)
     assert built["train_batch_size"] == 16 and built["gradient_accumulation_steps"] == 2
     assert built["gradient_clipping"] == 0.7 and built["bf16"]["enabled"] is True
     assert built["zero_optimization"]["stage"] == 2 and built["zero_optimization"]["reduce_bucket_size"] == 12345
     assert built["comms_logger"] == {"enabled": True}
+    assert built["timers"]["throughput"] == {"enabled": False, "synchronized": False}
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "configs").glob("*.json")), ids=lambda p: p.stem)
