@@ -10,18 +10,24 @@ was cut off, and it ends without an answer.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-PIECE = 1 << 20  # bytes; what a pipe holds at most
+PIECE = 8 << 20  # bytes
 
 
 def size_and_sha256(path: str | os.PathLike[str]) -> tuple[int, str]:
     """Size in bytes and SHA-256 in hexadecimal of a file as it is read back."""
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        return stream.tell(), digest.hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        size = sum(map(len, _pieces(stream.readinto, digest)))
+    return size, digest.hexdigest()
 
 
 def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
@@ -30,14 +36,12 @@ def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
     Raises:
         OSError: it cannot be written, or what is on the disk is not what was written.
     """
-    size, digest, buffer = 0, hashlib.sha256(), memoryview(bytearray(PIECE))
+    size, digest = 0, hashlib.sha256()
     with open(path, "wb", buffering=0) as stream:
-        while count := os.readv(0, [buffer]):
-            piece = buffer[:count]
-            digest.update(piece)
+        for piece in _pieces(lambda buffer: os.readv(0, [buffer]), digest):
+            size += len(piece)
             while piece:
                 piece = piece[stream.write(piece) :]
-            size += count
         if os.getppid() != parent:
             return None
         os.fsync(stream.fileno())
@@ -46,6 +50,25 @@ def write(path: str, parent: int, *, read_back: bool) -> tuple[int, str] | None:
     if read_back and size_and_sha256(path) != (size, digest.hexdigest()):
         raise OSError(f"{os.path.basename(path)} reads back other than it was written: the disk is failing")
     return size, digest.hexdigest()
+
+
+def _pieces(read_into: Callable[[memoryview], int | None], digest: Any) -> Iterator[memoryview]:
+    """What `read_into` gives, in pieces that hold until the next is asked for. A second thread adds them to `digest`,
+    which is complete when they end.
+    """
+    buffers = [memoryview(bytearray(PIECE)) for _ in range(3)]
+    hashed: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as hasher:
+        for buffer in itertools.cycle(buffers):
+            if len(hashed) == len(buffers):
+                hashed.popleft().result()
+            filled = 0
+            while filled < PIECE and (count := read_into(buffer[filled:])):
+                filled += count
+            if not filled:
+                break
+            hashed.append(hasher.submit(digest.update, buffer[:filled]))
+            yield buffer[:filled]
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from sparsek_megatron.training.run_folder import LATEST, NAME, checkpoint_name, 
 PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _DONE = "done"
+_PIPE = 1 << 20  # bytes; what a pipe holds at most
 _numbers = itertools.count()
 
 
@@ -192,7 +193,7 @@ def _write(path: Path, state: Any, *, read_back: bool) -> FileRecord:
         failure = None
         try:
             with process.stdin as pipe:
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, write_file.PIECE)
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
                 torch.save(state, pipe)
         except Exception as err:  # a pipe that broke, mostly: the process says why
             failure = err
