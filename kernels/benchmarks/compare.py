@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import signal
 import statistics
@@ -61,6 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--measure", action="store_true", help=argparse.SUPPRESS
     )  # one run, in its own process
     return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """End the program at the first number that would measure nothing, or guard nothing."""
+    if args.rounds < 1:
+        fail(f"--rounds {args.rounds}: must be at least 1")
+    for flag, value in (("--budget-ms", args.budget_ms), ("--fail-above", args.fail_above)):
+        if value is not None and not 0 < value < math.inf:
+            fail(f"{flag} {value:g}: must be above 0 and finite")
+    for tokens in args.lengths:
+        if tokens < 1:
+            fail(f"--lengths {tokens}: must be at least 1")
 
 
 def operations(args: argparse.Namespace, tokens: int) -> dict[str, Callable[[], Any]]:
@@ -203,8 +216,7 @@ def main(argv: list[str]) -> int:
 
         print(json.dumps({"package": str(sparsek_kernels.__file__), "times": measure(args)}))
         return 0
-    if args.rounds < 1:
-        fail(f"--rounds {args.rounds}: must be at least 1")
+    check(args)
     with tempfile.TemporaryDirectory() as scratch:
         trees = [
             unpacked(revision, Path(scratch) / side) for side, revision in (("a", args.a), ("b", args.b))
@@ -220,9 +232,10 @@ def main(argv: list[str]) -> int:
     compared = compare(rounds)
     for each in compared:
         print(each)
-    slower = [each.case for each in compared if args.fail_above and each.slower_than(args.fail_above)]
+    limit = args.fail_above
+    slower = [each.case for each in compared if limit is not None and each.slower_than(limit)]
     if slower:
-        print(f"slower than {args.fail_above} in every round: {', '.join(slower)}")
+        print(f"slower than {limit} in every round: {', '.join(slower)}")
     return 1 if slower else 0
 
 

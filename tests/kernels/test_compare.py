@@ -76,3 +76,12 @@ def test_an_unknown_revision_is_named():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no-such-revision: no such revision\n"
+
+
+@pytest.mark.parametrize(
+    "given", ["--rounds 0", "--fail-above 0", "--fail-above nan", "--budget-ms -1", "--lengths 0"]
+)
+def test_numbers_that_would_guard_nothing_are_refused(module, capsys, given):
+    with pytest.raises(SystemExit) as ended:
+        module.main(["HEAD", ".", *given.split()])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: {given}: must be")
