@@ -6,7 +6,10 @@ import torch
 from sparsek_megatron.training.arguments import TrainingConfig
 
 # Dense bfloat16 matmul peaks in TFLOP/s, from NVIDIA's data sheets; the first name contained in the device's counts.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0}
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200 NVL": 835.5, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0,
+    "A100": 312.0,
+}  # fmt: skip
 
 
 def mean_attended_keys(length: int, *, topk: int, window: int, stride: int) -> float:
