@@ -253,7 +253,7 @@ class Benchmark:
     def measure(self, row: Any, shape: Any, trainer: Any, model: Any) -> None:
         from training_benchmark.arms import attended_pairs
         from training_benchmark.model import device_batch
-        from training_benchmark.parts import places_of_waits, profile_step
+        from training_benchmark.trace import places_of_waits, profile_step
 
         args, machine = self.args, self.machine
         batch = device_batch(self.stream, row.tokens, machine.device)

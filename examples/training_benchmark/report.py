@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_benchmark.parts import PARTS, Split
+from training_benchmark.parts import PARTS
+from training_benchmark.trace import Split
 
 from sparsek_megatron.files import atomic_write
 
@@ -81,7 +82,9 @@ def compare_with_dense(row: Row, rows: list[Row]) -> None:
 def line(row: Row) -> str:
     """One case in two lines: the step, and where it goes."""
     layout = f"TP{row.tp}" + (f" CP{row.cp}" if row.cp > 1 else "")
-    head = f"{row.shape} x{row.layers:<3} {row.tokens:>8} {row.arm:<8} {row.trainer:<9} {layout} of {row.gpus}"
+    head = (
+        f"{row.shape} x{row.layers:<3} {row.tokens:>8} {row.arm:<8} {row.trainer:<9} {layout} of {row.gpus}"
+    )
     head += f" {row.options}" if row.options else ""
     if row.error:
         return f"{head}: {row.error}"

@@ -10,9 +10,17 @@ from programs import REPOSITORY, finish, run, start_script
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from training_benchmark.parts import part_of_kernel, split_trace
+from training_benchmark.parts import part_of_kernel
 from training_benchmark.report import Row, compare_with_dense
 from training_benchmark.shapes import SHAPES, causal_pairs, window_pairs
+from training_benchmark.trace import split_trace
+
+from sparsek_megatron.context_parallel.exchange import StartFromEarlierChunks
+from sparsek_megatron.context_parallel.ulysses import _AllToAll
+from sparsek_megatron.linear_score import _LinearScore
+from sparsek_megatron.memory.linear_cross_entropy import _LinearCrossEntropy
+
+NODE = "autograd::engine::evaluate_function: "
 
 
 @pytest.mark.parametrize("tokens, width", [(7, 3), (7, 7), (7, 20), (1, 1)])
@@ -47,17 +55,14 @@ def test_step_flops_are_three_times_the_forward():
             ("aten::mm", "LinearWithGradAccumulationAndAsyncCommunicationBackward", "phase:backward"),
             "linear",
         ),
-        ("gemm", ("autograd::engine::evaluate_function: _LinearCrossEntropyBackward",), "loss"),
         ("attention_forward_kernel", ("sparsek::attention", "part:attention"), "attention"),
         ("walk", ("sparsek::select", "part:attention"), "selection"),
         ("walk_the_dog", ("part:attention",), "attention"),
-        ("elementwise", ("autograd::engine::evaluate_function: _LinearScoreBackward",), "scoring"),
-        (
-            "elementwise",
-            ("autograd::engine::evaluate_function: ScaledDotProductCudnnAttentionBackward0",),
-            "attention",
-        ),
+        ("elementwise", (f"{NODE}ScaledDotProductCudnnAttentionBackward0",), "attention"),
         ("ncclDevKernel_AllGather", ("part:linear",), "communication"),
+        ("ncclDevKernel_AllGather", ("part:linear", "part:attention"), "communication"),
+        ("ncclDevKernel_SendRecv", ("c10d::alltoall_base_", "part:attention"), "exchange"),
+        ("ncclDevKernel_AllGather", ("part:scoring",), "exchange"),
         ("Memcpy DtoH (Device -> Pinned)", (), "offload"),
         ("rms", ("aten::_fused_rms_norm", "part:norm"), "norm"),
         ("elementwise", ("aten::add", "phase:backward"), "other"),
@@ -65,6 +70,21 @@ def test_step_flops_are_three_times_the_forward():
 )
 def test_a_kernel_belongs_to_the_innermost_operation_that_says_what_it_is(kernel, around, part):
     assert part_of_kernel(kernel, around) == part
+
+
+@pytest.mark.parametrize(
+    ("function", "part", "collective"),
+    [
+        (StartFromEarlierChunks, "attention", "exchange"),
+        (_AllToAll, "attention", "exchange"),
+        (_LinearScore, "scoring", "exchange"),
+        (_LinearCrossEntropy, "loss", "communication"),
+    ],
+)
+def test_backward_functions_are_known_by_the_names_that_autograd_gives_them(function, part, collective):
+    around = (f"{NODE}{function._backward_cls.__name__}", "phase:backward")
+    assert part_of_kernel("elementwise", around) == part
+    assert part_of_kernel("ncclDevKernel_AllGather", ("c10d::allgather", *around)) == collective
 
 
 def event(name, category, start, duration, thread=1, **arguments):
@@ -85,6 +105,8 @@ def test_a_trace_is_split_by_where_kernels_were_launched_not_by_when_they_ran():
         # another thread at the same time: its launches are not inside the first one's ranges
         event("_LinearScoreBackward", "cpu_op", 10, 10, thread=2),
         event("cudaLaunchKernel", "cuda_runtime", 12, 1, thread=2, correlation=3),
+        event("cudaMemcpy", "cuda_runtime", 50, 1, correlation=5),
+        event("cudaMemcpyAsync", "cuda_runtime", 52, 1, correlation=6),
         event("cudaMalloc", "cuda_runtime", 60, 1, correlation=10),
         event("cudaDeviceSynchronize", "cuda_runtime", 150, 5, correlation=11),  # after the step: the profiler's own
         event("gemm", "kernel", 60, 3000, 7, correlation=1),
@@ -98,8 +120,20 @@ def test_a_trace_is_split_by_where_kernels_were_launched_not_by_when_they_ran():
         "scoring": 2.0,
     }
     assert split.busy_ms == 5.0 and split.step_ms == 6.0 and split.kernels == 3
-    assert dict(split.waits) == {"forward": 1} and split.allocations == 1
-    assert split.attention_ms == 2.0
+    assert dict(split.waits) == {"forward": 1, "between": 1} and split.allocations == 1
+    assert split.attention_ms == 2.0 and split.idle_ms == 1.0
+
+
+def test_an_exchange_beside_attention_is_time_of_attention_once():
+    split = split_trace([
+        event("step", "user_annotation", 0, 100),
+        event("part:attention", "user_annotation", 10, 10),
+        event("cudaLaunchKernelExC", "cuda_runtime", 12, 1, correlation=1),
+        event("cudaLaunchKernel", "cuda_runtime", 14, 1, correlation=2),
+        event("ncclDevKernel_SendRecv", "kernel", 60, 3000, 7, correlation=1),
+        event("sort", "kernel", 1060, 4000, 8, correlation=2),
+    ])  # fmt: skip
+    assert split.parts["exchange"] == 3.0 and split.parts["attention"] == 4.0 and split.attention_ms == 5.0
 
 
 def test_the_bound_is_the_dense_step_without_its_attention():
@@ -109,7 +143,7 @@ def test_the_bound_is_the_dense_step_without_its_attention():
         )
         found.split = split_trace([event("step", "user_annotation", 0, 1)])
         found.split.busy_ms = step_ms
-        found.split.parts["attention"] = attention_ms
+        found.split.attention_ms = attention_ms
         return found
 
     dense, sparse = row("dense", 100.0, 80.0), row("sparsek", 25.0, 4.0)
@@ -136,13 +170,25 @@ def test_a_small_run_without_a_gpu(tmp_path):
 def test_two_processes_share_sequences_in_the_sparse_arm_and_heads_in_the_dense_one(tmp_path):
     """Each arm in its own layout, compared with the other; the loss of random weights is the same in both."""
     small = "--shape tiny --tokens 96 --topk 8 --window 8 --stride 8 --vocab-size 512 --warmup 1 --steps 1"
-    flags = [*small.split(), "--context-parallel-size", "2", "--arms", "dense", "sparsek", "--out", str(tmp_path)]
+    flags = [
+        *small.split(),
+        "--context-parallel-size",
+        "2",
+        "--arms",
+        "dense",
+        "sparsek",
+        "--out",
+        str(tmp_path),
+    ]
     program = str(REPOSITORY / "examples" / "benchmark_training.py")
     printed = finish(start_script("launch/torchrun.sh", program, *flags, NPROC_PER_NODE="2"))
     assert "TP2 of 2:" in printed and "TP1 CP2 of 2:" in printed
     with (tmp_path / "training.csv").open(newline="") as stream:
         dense, sparse = csv.DictReader(stream)
-    assert [(row["tp"], row["cp"], row["error"]) for row in (dense, sparse)] == [("2", "1", ""), ("1", "2", "")]
+    assert [(row["tp"], row["cp"], row["error"]) for row in (dense, sparse)] == [
+        ("2", "1", ""),
+        ("1", "2", ""),
+    ]
     assert float(sparse["speedup"]) > 0 and abs(float(sparse["loss"]) - float(dense["loss"])) < 0.3
 
 
@@ -156,7 +202,10 @@ def test_two_processes_share_sequences_in_the_sparse_arm_and_heads_in_the_dense_
         (("--num-layers", "1", "2", "--arms", "dense"), "--num-layers: 2 numbers for 1 shapes"),
         (("--steps", "0", "--arms", "dense"), "--steps 0: must be at least 1"),
         (("--vocab-size", "513", "--tensor-model-parallel-size", "2"), "--vocab-size 513: not divisible by"),
-        (("--arms", "dense", "--context-parallel-size", "0"), "--context-parallel-size 0: must be at least 1"),
+        (
+            ("--arms", "dense", "--context-parallel-size", "0"),
+            "--context-parallel-size 0: must be at least 1",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message, refused):
