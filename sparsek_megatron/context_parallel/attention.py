@@ -9,7 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sparsek_kernels import SelectionState
+from sparsek_kernels.attention.api import check_tensors
 from sparsek_kernels.attention.chunk import attend_extended
+from sparsek_kernels.selection.api import check_cu_seqlens
+from sparsek_kernels.settings import BACKENDS, GATES, pool_size, require_choice
 from torch import Tensor
 
 from sparsek_megatron.context_parallel.exchange import Exchange, StartFromEarlierChunks
@@ -63,16 +66,21 @@ def context_parallel_attention(
     cu_seqlens    int32 [num_seqs + 1], boundaries of packed sequences of which each is sharded on its own, as Megatron
                   does: global, b = 1. They are read on the host, and with "p2p" every sequence is an exchange
 
-    Raises ValueError for boundaries past the tokens, a sequence that does not divide into chunks, or KV heads that
-    "a2a" cannot divide;
+    Raises, before anything is sent, ValueError for what `sparsek_attention` refuses, a sequence that does not divide
+    into chunks, or KV heads that "a2a" cannot divide;
     NotImplementedError for another `cp_comm_type`.
     """
     method = check_method(cp_comm_type)
     plan = Layout(layout, group.size())
+    check_tensors(query, key, value, scores)
+    pool = pool_size(topk, window, stride, pool)
+    require_choice("gate", gate, GATES)
+    require_choice("backend", backend, BACKENDS)
     whole = query.shape[1] * plan.cp
-    bounds = [0, whole] if cu_seqlens is None else cu_seqlens.tolist()
-    if bounds[-1] > whole:
-        raise ValueError(f"cu_seqlens ends at {bounds[-1]}: the ranks hold {whole} tokens together")
+    bounds = [0, whole]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, scores[:, :1].expand(-1, whole, -1), read=True)
+        bounds = cu_seqlens.tolist()
     for start, end in pairwise(bounds):
         plan.chunk_length(end - start)
     options: dict[str, Any] = {"topk": topk, "window": window, "stride": stride, "pool": pool, "gate": gate}
@@ -89,8 +97,16 @@ def context_parallel_attention(
             tensors = (x[:, part] for x in (query, key, value, scores))
             pieces.append(_attend(*tensors, group=group, plan=plan, **options))
     if bounds[-1] < whole:
-        pieces.append(torch.zeros_like(query[:, bounds[-1] // plan.cp :]))
+        pieces.append(_nothing(*(x[:, bounds[-1] // plan.cp :] for x in (query, key, value, scores))))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+    """Zeros like `query` for tokens of no sequence, connected to all inputs: a batch without sequences has gradients
+    too."""
+    every = torch.ones((), dtype=torch.bool, device=query.device)
+    q, k, v, u = (x.masked_fill(every, 0) for x in (query, key, value, scores.to(query.dtype)))
+    return q + (k + v + u[..., None]).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
 
 
 def _global_order(bounds: list[int], whole: int, plan: Layout, device: torch.device) -> Tensor:

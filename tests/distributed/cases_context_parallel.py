@@ -139,30 +139,3 @@ def context_parallel_traffic() -> dict[str, Any]:
         every: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(every, answer, group=group)
     return {name: max(rank[name] for rank in every) for name in answer}
-
-
-@case
-def context_parallel_refusals() -> dict[str, str]:
-    """What is said about lengths and methods that do not fit."""
-    answer = {}
-    with parallel(cp=2):
-        group = parallel_state.get_context_parallel_group()
-        *tensors, _ = inputs(30)
-        shards = [x[:, :15] for x in tensors]
-        options: dict[str, Any] = {
-            "topk": 4, "window": 4, "stride": 4, "pool": 8, "gate": "value", "softmax_scale": 1.0, "group": group,
-        }  # fmt: skip
-        odd = torch.tensor([0, 10, 30], dtype=torch.int32)
-        narrow = [tensors[0][:, :16], *(x[:, :16, :1] for x in tensors[1:])]
-        for name, call in {
-            "length": lambda: context_parallel_attention(*shards, **options),
-            "packed": lambda: context_parallel_attention(*shards, **options, cu_seqlens=odd),
-            "method": lambda: context_parallel_attention(*shards, **options, cp_comm_type="all_gather"),
-            "heads": lambda: context_parallel_attention(*narrow, **options, cp_comm_type="a2a"),
-        }.items():
-            try:
-                call()
-                answer[name] = "accepted"
-            except (ValueError, NotImplementedError) as error:
-                answer[name] = str(error)
-    return answer
