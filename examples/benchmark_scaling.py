@@ -38,8 +38,13 @@ from sparsek_megatron.memory import use_tiled_mlp
 from sparsek_megatron.specs import to_sparsek
 from sparsek_megatron.training.launcher import order_launches
 
+# Flags that every row repeats; mlp_tile_tokens is empty without tiles.
+FLAGS = (
+    "layers", "recompute", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "head_dim", "topk", "window",
+    "stride", "cp_comm_type", "mlp_tile_tokens",
+)  # fmt: skip
 COLUMNS: tuple[str, ...] = (
-    "side", "tp", "cp", "tokens", "layers", "recompute", "step_ms", "tokens_per_s", "tokens_per_s_per_gpu",
+    "side", "tp", "cp", "tokens", *FLAGS, "step_ms", "tokens_per_s", "tokens_per_s_per_gpu",
     "exposed_communication_ms", "transfer_ms", "scoring_ms", "peak_gib", "received_mib", "by_collective",
 )  # fmt: skip
 
@@ -82,7 +87,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cp-comm-type", default="p2p", choices=("p2p", "a2a"))
     parser.add_argument("--recompute", action="store_true", help="keep only each layer's input")
     parser.add_argument(
-        "--mlp-tile-tokens", type=int, metavar="N", help="compute MLPs in tiles of N tokens, where memory needs it"
+        "--mlp-tile-tokens",
+        type=int,
+        metavar="N",
+        help="compute MLPs in tiles of N tokens, where memory needs it",
     )
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
@@ -273,8 +281,7 @@ def measure(
         "tp": tp,
         "cp": cp,
         "tokens": tokens,
-        "layers": args.layers,
-        "recompute": args.recompute,
+        **{name: getattr(args, name) for name in FLAGS},
         "step_ms": round(milliseconds, 2),
         "tokens_per_s": round(rate),
         "tokens_per_s_per_gpu": round(rate / (tp * cp)),
@@ -328,6 +335,7 @@ def main() -> None:
                     row = measure(args, side, tp, cp, whole, device)
                 except torch.OutOfMemoryError:
                     row = {**dict.fromkeys(COLUMNS, ""), "side": side, "tp": tp, "cp": cp, "tokens": whole}
+                    row |= {name: getattr(args, name) for name in FLAGS}
                     row["step_ms"] = "out of memory"
                 if row["step_ms"] != "out of memory":
                     rows.append(row)

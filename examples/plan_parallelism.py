@@ -18,7 +18,8 @@ from pathlib import Path
 from sparsek_megatron.errors import UserError, report_user_errors
 from sparsek_megatron.flags import FlagParser
 from sparsek_megatron.planning import H200, MODELS, Machine, Run, best_layout
-from sparsek_megatron.planning.search import calibrate, layouts
+from sparsek_megatron.planning.calibration import calibrate
+from sparsek_megatron.planning.search import layouts
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def parse() -> argparse.Namespace:
     for flag, values in numbers.items():
         for value in values:
             if not 0 < value < math.inf:
-                parser.error(f"{flag} {value}: must be greater than 0")
+                parser.error(f"{flag} {value}: must be {'greater than 0' if value <= 0 else 'finite'}")
     return args
 
 
@@ -53,10 +54,10 @@ def calibrated(results: Path, machine: Machine) -> Machine:
     """The machine fitted to measured steps, with its error at each of them printed."""
     try:
         with results.open(newline="") as file:
-            fitted, compared = calibrate(list(csv.DictReader(file)), MODELS["7B"], machine)
+            fitted, compared = calibrate(list(csv.DictReader(file)), machine)
     except OSError as err:
         raise UserError(f"--calibrate {results}: cannot read it ({err.strerror})") from None
-    except ValueError as err:
+    except (ValueError, csv.Error) as err:
         raise UserError(f"--calibrate {results}: {err}") from None
     print(
         f"calibrated: matrix products at {fitted.matmul:.0%} of {machine.peak / 1e12:.0f} TFLOP/s, "

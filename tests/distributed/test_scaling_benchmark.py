@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparsek_megatron.planning.calibration import measurements
+
 PROGRAM = Path(__file__).parents[2] / "examples" / "benchmark_scaling.py"
 
 
@@ -38,6 +40,7 @@ def test_rows_for_every_mesh_and_bytes_by_collective(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = {(r["side"], r["tp"], r["cp"], r["tokens"]): r for r in csv.DictReader(file)}
+    assert len(measurements(list(rows.values()))) == 6  # what the planner's calibration reads
     assert len(rows) == 10  # dense has no context parallelism
     assert (tmp_path / "scaling.png").stat().st_size > 0
     assert rows["sparsek", "1", "1", "512"]["by_collective"] == ""

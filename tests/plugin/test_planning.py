@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from sparsek_megatron.planning import H200, MODELS, Layout, Machine, Model, Run, best_layout, estimate
+from sparsek_megatron.planning.calibration import calibrate, layer_seconds
 from sparsek_megatron.planning.cost import context_bytes, layer_flops, state_bytes
-from sparsek_megatron.planning.search import calibrate, layer_seconds, layouts
+from sparsek_megatron.planning.search import layouts
 from sparsek_megatron.training.flops import mean_attended_keys
 
 TINY = Model(2, 64, 128, 4, 2, head_dim=16, vocabulary=100, topk=16, window=16, stride=8, pool=64)
@@ -98,13 +100,18 @@ def test_layouts_that_do_not_divide_are_named(layout: Layout, words: str) -> Non
         estimate(MODELS["7B"], Run(1 << 17, 1 << 21), layout, H200)
 
 
-def rows_of(machine: Machine, meshes: list[tuple[int, int]], tokens: int = 1 << 17) -> list[dict[str, str]]:
+def rows_of(
+    machine: Machine, meshes: list[tuple[int, int]], tokens: int = 1 << 17, model: Model = MODELS["7B"]
+) -> list[dict[str, str]]:
     """What benchmark_scaling would have written on a machine that the model describes exactly."""
-    model = dataclasses.replace(MODELS["7B"], layers=2)
+    model = dataclasses.replace(model, layers=2)
     rows = []
     for tp, cp in meshes:
         milliseconds = layer_seconds(model, tokens, tp, cp, machine, recompute=cp > 1) * 1e3
         row = {"side": "sparsek", "tp": tp, "cp": cp, "tokens": tokens, "layers": 2, "recompute": cp > 1}
+        row |= {"hidden_size": model.hidden, "ffn_hidden_size": model.ffn, "cp_comm_type": "p2p"}
+        same = ("heads", "kv_heads", "head_dim", "topk", "window", "stride")
+        row |= {name: getattr(model, name) for name in same}
         rows.append({**row, "step_ms": milliseconds})
     return [{name: str(value) for name, value in row.items()} for row in rows]
 
@@ -113,12 +120,12 @@ def test_calibration_finds_the_constants_and_reports_the_error_of_every_row() ->
     machine = dataclasses.replace(H200, matmul=0.55, fast=200e9, exchange=2e-3)
     meshes = [(1, 1), (1, 2), (2, 1)]
     rows = rows_of(machine, meshes) + rows_of(machine, meshes, 1 << 15)
-    fitted, compared = calibrate(rows, MODELS["7B"], H200)
+    fitted, compared = calibrate(rows, H200)
     for name in ("matmul", "fast", "exchange"):
         assert getattr(fitted, name) == pytest.approx(getattr(machine, name), rel=1e-6), name
     assert all(predicted == pytest.approx(measured) for _, measured, predicted in compared)
     rows[0]["step_ms"] = str(float(rows[0]["step_ms"]) * 1.25)
-    name, measured, predicted = calibrate(rows, MODELS["7B"], H200)[1][0]
+    name, measured, predicted = calibrate(rows, H200)[1][0]
     assert name == "TP=1 CP=1, 131,072 tokens" and -0.2 < predicted / measured - 1 < -0.05
 
 
@@ -132,11 +139,70 @@ def test_measured_layers_reduce_no_gradients() -> None:
 
 def test_calibration_leaves_alone_what_no_row_depends_on() -> None:
     machine = dataclasses.replace(H200, matmul=0.55, fast=200e9, exchange=2e-3)
-    fitted, _ = calibrate(rows_of(machine, [(1, 1)]), MODELS["7B"], H200)
+    fitted, _ = calibrate(rows_of(machine, [(1, 1)]), H200)
     assert (fitted.fast, fitted.exchange) == (H200.fast, H200.exchange)
     assert fitted.matmul == pytest.approx(0.55)
     with pytest.raises(ValueError, match="no sparsek row of one GPU"):
-        calibrate(rows_of(machine, [(2, 1)]), MODELS["7B"], H200)
+        calibrate(rows_of(machine, [(2, 1)]), H200)
+
+
+def test_calibration_takes_every_row_in_its_own_shape() -> None:
+    machine = dataclasses.replace(H200, matmul=0.55, fast=200e9, exchange=2e-3)
+    rows = [
+        row for model in MODELS.values() for row in rows_of(machine, [(1, 1), (1, 2), (2, 1)], model=model)
+    ]
+    fitted, _ = calibrate(rows, H200)
+    assert (fitted.matmul, fitted.fast, fitted.exchange) == pytest.approx((0.55, 200e9, 2e-3))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("tp", "0", "row 2: tp '0': must be a whole number between 1 and"),
+        ("cp", "two", "row 2: cp 'two': must be a whole number between 1 and"),
+        ("layers", "9" * 5_000, "row 2: layers '9999"),
+        ("kv_heads", "", "row 2: kv_heads '': must be a whole number between 1 and"),
+        ("step_ms", "0", "row 2: step_ms '0': must be milliseconds between 0.001 and 1e+09"),
+        ("step_ms", "nan", "row 2: step_ms 'nan': must be milliseconds"),
+        ("recompute", "yes", "row 2: recompute 'yes': must be True or False"),
+        ("cp_comm_type", "a2a", "row 2: cp_comm_type 'a2a': the cost model has p2p alone"),
+        ("stride", None, "row 2 has no column stride: not results.csv of this version's"),
+        ("tp", "3", "kv_heads = 8 is not divisible by 3"),
+    ],
+)
+def test_rows_that_cannot_be_fitted_are_named(column: str, value: str | None, words: str) -> None:
+    rows = rows_of(H200, [(1, 1), (1, 2), (2, 1)])
+    rows[1] = {name: text for name, text in {**rows[1], column: value}.items() if text is not None}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        calibrate(rows, H200)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("meshes", "milliseconds", "words"),
+    [
+        ([(1, 1)], {0: 1.0}, "s for 1e12 FLOPs of matrix products, which no machine has"),
+        ([(1, 1), (2, 1)], {1: 1.0}, "s for a GB within a node, which no machine has"),
+        ([(1, 1), (2, 1), (1, 2)], {2: 100.0}, "ms for a collective of an exchange, which no machine has"),
+        ([(1, 1), (1, 2)], {}, "rows do not tell the link's rate from the time of an exchange"),
+    ],
+)
+def test_constants_that_no_machine_has_are_refused(
+    meshes: list[tuple[int, int]], milliseconds: dict[int, float], words: str
+) -> None:
+    rows = rows_of(H200, meshes)
+    for index, value in milliseconds.items():
+        rows[index]["step_ms"] = str(value)
+    with pytest.raises(ValueError, match=words):
+        calibrate(rows, H200)
+
+
+def test_the_committed_rows_give_the_constants_that_the_page_states() -> None:
+    results = Path(__file__).parents[2] / "examples" / "results" / "scaling.csv"
+    with results.open(newline="") as file:
+        fitted, compared = calibrate(list(csv.DictReader(file)), H200)
+    assert f"{fitted.matmul:.0%} {fitted.fast / 1e9:.0f} {fitted.exchange * 1e3:.2f}" == "55% 304 1.63"
+    assert len(compared) == 12
 
 
 def plan(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -166,14 +232,22 @@ def test_the_example_tells_what_does_not_divide_from_what_does_not_fit() -> None
     assert "| 405B | 8 | 131,072 | does not fit |" in lines[2]
 
 
+def test_an_overlong_field_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("side,tp\n" + "x" * (csv.field_size_limit() + 1))
+    done = plan("--calibrate", str(tmp_path / "results.csv"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "field larger than field limit" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--gpus", "8", "0"), "--gpus 0: must be greater than 0"),
         (("--tokens", "0"), "--tokens 0: must be greater than 0"),
-        (("--slow-gb", "nan"), "--slow-gb nan: must be greater than 0"),
+        (("--slow-gb", "nan"), "--slow-gb nan: must be finite"),
+        (("--slow-gb", "inf"), "--slow-gb inf: must be finite"),
         (("--calibrate", "nofile.csv"), "--calibrate nofile.csv: cannot read it (No such file or directory)"),
-        (("--calibrate", __file__), "a row without side: not results.csv of examples/benchmark_scaling.py"),
+        (("--calibrate", __file__), "row 1 has no column side: not results.csv of this version's"),
     ],
 )
 def test_bad_flags_of_the_example_end_in_one_line(flags: tuple[str, ...], words: str) -> None:
