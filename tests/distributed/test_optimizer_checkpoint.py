@@ -8,18 +8,14 @@ import pytest
 LAUNCHED = "cases_optimizer"
 
 
-def worst(got: dict[str, list[float]], want: dict[str, list[float]], key: str) -> float:
-    assert len(got[key]) == len(want[key]) == 3
-    return max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True))
-
-
 @pytest.mark.parametrize("split", ["tp1", "tp4", "tp4_sp"])
 def test_resumed_steps_equal_the_uninterrupted_ones(launched, split: str) -> None:
-    answer = launched["optimizer_state_saved_at_tp2"]
-    assert worst(answer[split], answer["uninterrupted"], "losses") <= 1e-5
-    assert worst(answer[split], answer["uninterrupted"], "norms") <= 1e-4
+    errors = launched["optimizer_state_saved_at_tp2"][split]
+    assert len(errors["losses"]) == len(errors["norms"]) == 3
+    assert max(errors["losses"]) <= 1e-5
+    assert max(errors["norms"]) <= 1e-4
 
 
 def test_the_comparison_sees_a_lost_optimizer_state(launched) -> None:
-    answer = launched["optimizer_state_saved_at_tp2"]
-    assert worst(answer["tp1_without_the_optimizer"], answer["uninterrupted"], "losses") > 1e-3
+    errors = launched["optimizer_state_saved_at_tp2"]["tp1_without_the_optimizer"]
+    assert max(errors["losses"]) > 1e-3

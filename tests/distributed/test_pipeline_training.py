@@ -11,14 +11,9 @@ import torch
 LAUNCHED = "cases_training"
 
 
-def worst_difference(pair: list[list[float]]) -> float:
-    reference, got = pair
-    return max(abs(a - b) / abs(a) for a, b in zip(reference, got, strict=False))
-
-
 def check(answer: dict[str, Any], *, gradients: bool) -> None:
-    assert worst_difference(answer["losses"]) <= 1e-5
-    assert worst_difference(answer["norms"]) <= 1e-4, "the global gradient norm counts every parameter once"
+    assert max(answer["losses"]) <= 1e-5
+    assert max(answer["norms"]) <= 1e-4, "the global gradient norm counts every parameter once"
     if gradients:
         assert sum("scorer" in name for name in answer["gradients"]) >= 4
         worst = max(answer["gradients"].items(), key=lambda item: item[1])
@@ -28,7 +23,7 @@ def check(answer: dict[str, Any], *, gradients: bool) -> None:
 def test_twenty_steps_on_pp2_tp2_with_sequence_parallelism_follow_one_process_and_learn(launched) -> None:
     answer = launched["training_tp2_pp2_sp"]
     check(answer, gradients=True)
-    losses = answer["losses"][1]
+    losses = answer["course"]
     assert len(losses) == 20
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.1
 
@@ -56,7 +51,7 @@ def test_finalize_model_grads_adds_nothing_to_complete_gradients_with_data_paral
 
 def test_a_covering_selection_in_a_pipeline_is_the_stock_dense_model(launched) -> None:
     answer = launched["covering_selection_on_pp2_tp2_sp"]
-    assert worst_difference(answer["losses"]) <= 1e-5
+    assert max(answer["losses"]) <= 1e-5
     assert len(answer["gradients"]) == 15
     worst = max(answer["gradients"].items(), key=lambda item: item[1])
     assert worst[1] <= 1e-5, worst
