@@ -125,7 +125,7 @@ def train(run: Run, pace: Pace | None = None) -> Path:
 
 def _start_from(model: GPTModel, weights: Path, device: torch.device) -> None:
     """Load trained weights, all but the scorers, which are the arm's own kind and start at their own values."""
-    saved, own = torch.load(weights, map_location=device), model.state_dict()
+    saved, own = torch.load(weights, map_location=device, weights_only=True), model.state_dict()
     scorers = {name: value for name, value in own.items() if _of_a_scorer(name)}
     model.load_state_dict({name: value for name, value in saved.items() if not _of_a_scorer(name)} | scorers)
 

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import DataLoader, Dataset
 
 from sparsek_megatron.data.card import read_card, unigram_entropy
-from sparsek_megatron.data.index_cache import complete_cache
+from sparsek_megatron.data.index_cache import complete_cache, plain_arrays
 from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
@@ -82,7 +82,8 @@ def build_datasets(
             path_to_cache=str(folder),
             **sources,
         )
-        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+        with plain_arrays():
+            return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
 
     _require_one_sample(paths, sequence_length)
     train_set, valid_set, _ = build(complete_cache(cache, paths.prefixes(), settings, build))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens a step sees: Megatron's datasets behind an order that depends on nothing but the seed."""
 
+import contextlib
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import get_blend_from_list, normalize
 from programs import kill_all, start_code
 
+from sparsek_megatron.data import datasets, index_cache
 from sparsek_megatron.data.datasets import StepSampler, batches, build_datasets, validation_entropy
 from sparsek_megatron.data.index_cache import complete_cache
 from sparsek_megatron.data.paths import DataPaths, parse_blend, parse_split
@@ -101,6 +104,57 @@ def test_a_disk_that_fills_leaves_no_half_index(prepared, tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written there \(Not a directory"):
         build(prepared, tmp_path / "file", paths)
+
+
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def object_array(path: Path, run: Path) -> None:
+    """What has NumPy's header, and a pickle behind it."""
+    array = np.empty(1, dtype=object)
+    array[0] = Malicious(run)
+    np.save(path, array, allow_pickle=True)
+
+
+HARMS = {
+    "pickle": lambda path, run: path.write_bytes(pickle.dumps(Malicious(run))),
+    "object array": object_array,
+    "cut": lambda path, run: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path, run: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("index", ["document_index", "dataset_index"])
+def test_no_pickle_in_the_place_of_an_index_is_run(prepared, tmp_path, capsys, harm, index):
+    paths = DataPaths(train=("0.7", prepared.train, "0.3", prepared.valid), valid=(prepared.valid,))
+    before = [build(prepared, tmp_path / "cache", paths)[0][i]["tokens"].tolist() for i in range(9)]
+    (folder,) = (tmp_path / "cache").iterdir()
+    HARMS[harm](next(folder.glob(f"*-{index}.npy")), tmp_path / "run")
+    train, _ = build(prepared, tmp_path / "cache", paths)
+    assert not (tmp_path / "run").exists()
+    assert [train[i]["tokens"].tolist() for i in range(9)] == before
+    assert f"{index}.npy: not an array" in capsys.readouterr().err
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_mcore_unpickles_nothing_that_takes_an_index_place_after_the_look(prepared, tmp_path, monkeypatch):
+    paths = DataPaths(train=(prepared.train,), valid=(prepared.valid,))
+    build(prepared, tmp_path / "cache", paths)
+    for path in (tmp_path / "cache").glob("*/*train-document_index.npy"):
+        path.write_bytes(pickle.dumps(Malicious(tmp_path / "run")))
+    monkeypatch.setattr(index_cache, "_put_away_damaged", lambda *_: None)
+    with pytest.raises(ValueError, match="pickled"):
+        build(prepared, tmp_path / "cache", paths)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(datasets, "plain_arrays", contextlib.nullcontext)
+    build(prepared, tmp_path / "cache", paths)
+    assert (tmp_path / "run").exists(), "mcore would have run its code"
 
 
 SLOW_BUILD = """
