@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
+from sparsek_megatron.context_parallel import check_first_layer
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import settings_from_environment
 from sparsek_megatron.inference import CachedScores, cache_rows, new_positions, rotary_at
@@ -68,7 +69,7 @@ class SparseKSelfAttention(SelfAttention):
     layer_slots       names of the classes in the layer's other slots, for the report on rank 0
 
     All other arguments are those of `SelfAttention`. Raises NotImplementedError for a configuration that
-    SparseK attention does not support, naming the flag.
+    SparseK attention does not support, naming the flag, and ValueError naming a setting that differs between ranks.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class SparseKSelfAttention(SelfAttention):
             submodules = complete_submodules(submodules, config, fused_input_norm=fused_input_norm)
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
         self.sparsek, source = (sparsek, "code") if sparsek else settings_from_environment()
+        check_first_layer(self.sparsek, config.cp_comm_type, self.pg_collection)
         own_norm = fused_input_norm if self.sparsek.scorer_norm is None else self.sparsek.scorer_norm
         self.scorer = ScoringNetwork(config, self.sparsek, tp_group=self.pg_collection.tp, own_norm=own_norm)
         self.training_forwards = 0

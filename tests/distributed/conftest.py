@@ -75,6 +75,13 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def launched_on_two(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Cases that need two processes, over gloo."""
+    changes = {"CUDA_VISIBLE_DEVICES": "", "DISTRIBUTED_CASES": "^agreement_"}
+    return launch(tmp_path_factory.mktemp("two"), 2, ("cases_agreement",), **changes)
+
+
+@pytest.fixture(scope="session")
 def launched_on_eight(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """The case that needs eight processes, over gloo."""
     changes = {"CUDA_VISIBLE_DEVICES": "", "DISTRIBUTED_CASES": "mesh_tp2_cp2_dp2_sp"}

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from sparsek_megatron.context_parallel import (
     LAYOUTS,
-    check_agreement,
     context_parallel_attention,
     shard_positions,
 )
@@ -131,30 +128,3 @@ def test_shards_partition_the_sequence(layout: str) -> None:
     held = [shard_positions(48, 4, rank, layout).tolist() for rank in range(4)]
     assert sorted(p for part in held for p in part) == list(range(48))
     assert held[1] == ([*range(6, 12), *range(36, 42)] if layout == "zigzag" else [*range(12, 24)])
-
-
-def agree(settings: list[dict[str, object]]) -> list[str]:
-    """What each of some ranks, here threads, says about its settings."""
-    store = dist.HashStore()
-    said = [""] * len(settings)
-
-    def rank(number: int) -> None:
-        try:
-            check_agreement(settings[number], store, number, len(settings))
-        except ValueError as error:
-            said[number] = str(error)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(settings))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    return said
-
-
-def test_ranks_that_disagree_name_the_field_and_both_values() -> None:
-    same: dict[str, object] = {"topk": 512, "window": 512}
-    assert agree([same, dict(same), dict(same)]) == ["", "", ""]
-    said = agree([same, same, {**same, "window": 256}])
-    expected = "window is 512 on rank 0 and 256 on rank 2"
-    assert all(expected in words for words in said), said
