@@ -1,109 +1,49 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Layers under tensor and context parallelism: tokens/s, exposed communication, memory, bytes by collective.
 
     torchrun --nproc-per-node 4 examples/benchmark_scaling.py --tokens 32768 131072 --meshes 1x1 2x1 4x1 1x2 1x4 2x2
+    python examples/benchmark_scaling.py --plot examples/results/scaling.csv
 
 A mesh is TPxCP; ranks that it leaves over repeat the same work on their own, so that 1x1 is one GPU alone. One step is
 forward and backward of `--layers` layers on one sequence; there is no optimizer and no data-parallel reduction. Dense
-is megatron-core's layer with cuDNN's attention, tensor parallel only. Rows go to results.csv as they are measured.
+is megatron-core's layer with cuDNN's attention, tensor parallel only. Rows go to results.csv as they are measured, and
+scaling.png is drawn from all of that file. A case that does not fit into the memory of a single process is a row that
+says so; among several processes it ends the launch, since the others wait for the one that ran out.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
+import itertools
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from sparsek_megatron.quiet import quiet_dependencies
 
-from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
-from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
-from sparsek_megatron.memory import use_tiled_mlp
-from sparsek_megatron.specs import to_sparsek
-from sparsek_megatron.training.launcher import order_launches
+quiet_dependencies()
 
-# Flags that every row repeats; mlp_tile_tokens is empty without tiles.
-FLAGS = (
-    "layers", "recompute", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "head_dim", "topk", "window",
-    "stride", "cp_comm_type", "mlp_tile_tokens",
-)  # fmt: skip
-COLUMNS: tuple[str, ...] = (
-    "side", "tp", "cp", "tokens", *FLAGS, "step_ms", "tokens_per_s", "tokens_per_s_per_gpu",
-    "exposed_communication_ms", "transfer_ms", "scoring_ms", "peak_gib", "received_mib", "by_collective",
-)  # fmt: skip
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from scaling_benchmark.flags import Case, build_parser, cases  # noqa: E402
+from scaling_benchmark.layers import build  # noqa: E402
+from scaling_benchmark.rows import COLUMNS, append_row, described, plot, read_rows  # noqa: E402
 
-
-class DenseAttention(MegatronModule):
-    """Causal dense core attention by cuDNN (by torch's choice on CPU): query [s, b, heads, d] -> [s, b, heads * d]."""
-
-    def __init__(self, config: TransformerConfig, *_args: Any, **_unused: Any) -> None:
-        super().__init__(config=config)
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_unused: Any
-    ):
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]
-        with sdpa_kernel(backends):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[32_768, 131_072], help="tokens of the whole sequence"
-    )
-    parser.add_argument("--per-gpu", action="store_true", help="--tokens counts tokens per GPU: weak scaling")
-    parser.add_argument("--meshes", nargs="+", default=["1x1"], metavar="TPxCP")
-    parser.add_argument("--sides", nargs="+", default=["sparsek"], choices=("sparsek", "dense"))
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--ffn-hidden-size", type=int, default=14_336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--topk", type=int, default=512)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--stride", type=int, default=64)
-    parser.add_argument("--cp-comm-type", default="p2p", choices=("p2p", "a2a"))
-    parser.add_argument("--recompute", action="store_true", help="keep only each layer's input")
-    parser.add_argument(
-        "--mlp-tile-tokens",
-        type=int,
-        metavar="N",
-        help="compute MLPs in tiles of N tokens, where memory needs it",
-    )
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument(
-        "--no-profile", action="store_true", help="leave the profiled step, and the communication times, out"
-    )
-    parser.add_argument("--out", type=Path, default=Path("scaling"))
-    return parser.parse_args()
+from sparsek_megatron.context_parallel.traffic import CollectiveTraffic  # noqa: E402
+from sparsek_megatron.errors import EXIT_USAGE, UserError, report_user_errors  # noqa: E402
+from sparsek_megatron.files import require_writable_folder  # noqa: E402
+from sparsek_megatron.training.launcher import order_launches, world_size_of_environment  # noqa: E402
 
 
 def start() -> torch.device:
     """The process group of the launch, NCCL on GPUs and gloo on CPU."""
-    order_launches(int(os.environ.get("WORLD_SIZE", "1")))
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -121,56 +61,6 @@ def start() -> torch.device:
     enable_cpu()
     dist.init_process_group("gloo")
     return torch.device("cpu")
-
-
-def build(args: argparse.Namespace, side: str, tp: int, cp: int, device: torch.device) -> TransformerBlock:
-    """The layers of one mesh, in bf16 on GPUs and fp32 on CPU."""
-    on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    recompute: dict[str, Any] = {}
-    if args.recompute:
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    config = TransformerConfig(
-        num_layers=args.layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.heads,
-        num_query_groups=args.kv_heads,
-        kv_channels=args.head_dim,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        context_parallel_size=cp,
-        sequence_parallel=tp > 1,
-        cp_comm_type=args.cp_comm_type if cp > 1 else None,
-        bf16=on_gpu,
-        params_dtype=dtype,
-        use_cpu_initialization=not on_gpu,
-        gradient_accumulation_fusion=False,
-        **recompute,
-    )
-    settings = SparseKConfig(topk=args.topk, window=args.window, stride=args.stride, overflow_warning=None)
-    if side == "sparsek":
-        spec = get_sparsek_layer_spec(config, sparsek=settings, transformer_impl="local")
-    else:
-        spec = to_sparsek(get_gpt_layer_local_spec(normalization="RMSNorm"), settings, local=True, dense=True)
-        attention = spec.submodules.self_attention
-        core: Any = ModuleSpec(module=DenseAttention)
-        inner = dataclasses.replace(attention.submodules, core_attention=core)
-        attention = dataclasses.replace(attention, submodules=inner)
-        spec = dataclasses.replace(
-            spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
-        )
-    block = TransformerBlock(config, spec, post_layer_norm=False).to(device)
-    return block if args.mlp_tile_tokens is None else use_tiled_mlp(block, tile_tokens=args.mlp_tile_tokens)
 
 
 def elapsed(step: Callable[[], None], device: torch.device, repeats: int) -> float:
@@ -230,22 +120,20 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def measure(
-    args: argparse.Namespace, side: str, tp: int, cp: int, tokens: int, device: torch.device
-) -> dict[str, Any]:
+def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict[str, Any]:
     """One row: the slowest rank's times and the largest memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)
-    block = build(args, side, tp, cp, device)
-    local = tokens // cp
+    block = build(args, case, device)
+    local = case.tokens // (case.tp * case.cp)
     x = torch.randn(
-        local // tp, 1, args.hidden_size, device=device, dtype=block.config.params_dtype
+        local, 1, args.hidden_size, device=device, dtype=block.config.params_dtype
     ).requires_grad_()
     gradient = torch.randn_like(x)
     rotary = RotaryEmbedding(args.head_dim, rotary_percent=1.0, use_cpu_initialization=device.type == "cpu")(
-        tokens
+        case.tokens
     )
     rotary = rotary.to(device)
 
@@ -265,7 +153,7 @@ def measure(
     milliseconds = elapsed(step, device, args.steps)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     scoring = 0.0
-    if side == "sparsek":
+    if case.side == "sparsek":
         score()
         scoring = elapsed(score, device, args.steps) * args.layers
     exposed, transfer = (None, None) if args.no_profile else communication(step, device)
@@ -274,17 +162,13 @@ def measure(
     largest = torch.tensor([milliseconds, scoring, exposed or 0.0, peak], device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     milliseconds, scoring, slowest, peak = largest.tolist()
-    rate = tokens / milliseconds * 1e3
+    rate = case.tokens / milliseconds * 1e3
     by_collective = " ".join(f"{op}/{group}={size}" for (op, group), size in sorted(traffic.received.items()))
     return {
-        "side": side,
-        "tp": tp,
-        "cp": cp,
-        "tokens": tokens,
-        **{name: getattr(args, name) for name in FLAGS},
+        **described(args, case),
         "step_ms": round(milliseconds, 2),
         "tokens_per_s": round(rate),
-        "tokens_per_s_per_gpu": round(rate / (tp * cp)),
+        "tokens_per_s_per_gpu": round(rate / (case.tp * case.cp)),
         "exposed_communication_ms": "not measured" if exposed is None else round(slowest, 2),
         "transfer_ms": "not measured" if transfer is None else round(transfer, 2),
         "scoring_ms": round(scoring, 3),
@@ -294,64 +178,67 @@ def measure(
     }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens/s per GPU against the length of the sequence, a line per mesh."""
-    import matplotlib
+def out_of_memory(case: Case, results: Path) -> NoReturn:
+    """End the launch: the other ranks wait for this one in their next collective.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    At once, since leaving in order would wait for collectives that this rank has begun and others never join.
+    """
+    print(
+        f"error: {case}: out of memory on rank {dist.get_rank()}; leave this case out, or use --recompute, "
+        f"--mlp-tile-tokens or a larger mesh (rows before it are in {results})",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_USAGE)
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for mesh in sorted({(r["side"], r["tp"], r["cp"]) for r in rows}):
-        line = [r for r in rows if (r["side"], r["tp"], r["cp"]) == mesh]
-        label = f"{mesh[0]}, TP={mesh[1]} CP={mesh[2]}"
-        axes.plot(
-            [r["tokens"] for r in line], [r["tokens_per_s_per_gpu"] for r in line], marker="o", label=label
-        )
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the sequence", ylabel="tokens / s / GPU")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+
+def check_machine(args: argparse.Namespace, processes: int) -> None:
+    """Raises UserError for fewer GPUs than processes here, and a folder or results.csv that takes no rows."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise UserError(f"{local} processes here need as many GPUs; there are {torch.cuda.device_count()}")
+    if os.environ.get("RANK", "0") == "0":
+        require_writable_folder(args.out, "--out")
+        if (args.out / "results.csv").exists():
+            read_rows(args.out / "results.csv", "--out")
+
+
+def run(args: argparse.Namespace, todo: list[Case], device: torch.device) -> None:
+    """Measure all cases; rank 0 writes and prints each row as it comes."""
+    results = args.out / "results.csv"
+    first = dist.get_rank() == 0
+    for (tp, cp), of_mesh in itertools.groupby(todo, lambda case: (case.tp, case.cp)):
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+        if first and cp > 1 and "dense" in args.sides:
+            print(f"dense: no context parallelism, left out at {tp}x{cp}", flush=True)
+        for case in of_mesh:
+            try:
+                row = measure(args, case, device)
+            except torch.OutOfMemoryError:
+                if dist.get_world_size() > 1:
+                    out_of_memory(case, results)
+                row = dict.fromkeys(COLUMNS, "") | described(args, case) | {"step_ms": "out of memory"}
+            if first:
+                print(" ".join(f"{name}={row[name]}" for name in COLUMNS), flush=True)
+                append_row(row, results)
+        parallel_state.destroy_model_parallel()
+    if first:
+        plot(read_rows(results, "--out"), args.out / "scaling.png")
 
 
 def main() -> None:
-    args = parse()
-    device = start()
-    meshes = [tuple(int(n) for n in mesh.split("x")) for mesh in args.meshes]
-    world = dist.get_world_size()
-    for tp, cp in meshes:
-        if world % (tp * cp):
-            raise SystemExit(
-                f"--meshes {tp}x{cp}: {world} processes are no multiple of {tp * cp}; start more"
-            )
-    rows: list[dict[str, Any]] = []
-    args.out.mkdir(parents=True, exist_ok=True)
-    for tp, cp in meshes:
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
-        for side in [s for s in args.sides if s == "sparsek" or cp == 1]:
-            for tokens in args.tokens:
-                whole = tokens * tp * cp if args.per_gpu else tokens
-                try:
-                    row = measure(args, side, tp, cp, whole, device)
-                except torch.OutOfMemoryError:
-                    row = {**dict.fromkeys(COLUMNS, ""), "side": side, "tp": tp, "cp": cp, "tokens": whole}
-                    row |= {name: getattr(args, name) for name in FLAGS}
-                    row["step_ms"] = "out of memory"
-                if row["step_ms"] != "out of memory":
-                    rows.append(row)
-                if dist.get_rank() == 0:
-                    print(" ".join(f"{name}={row[name]}" for name in COLUMNS), flush=True)
-                    new = not (args.out / "results.csv").exists()
-                    with (args.out / "results.csv").open("a", newline="") as file:
-                        writer = csv.DictWriter(file, list(COLUMNS))
-                        if new:
-                            writer.writeheader()
-                        writer.writerow(row)
-        parallel_state.destroy_model_parallel()
-    if dist.get_rank() == 0 and rows:
-        plot(rows, args.out / "scaling.png")
+    args = build_parser(__doc__).parse_args()
+    if args.plot is not None:
+        plot(read_rows(args.plot, "--plot"), args.plot.with_suffix(".png"))
+        return
+    processes = world_size_of_environment()
+    order_launches(processes)
+    todo = cases(args, world_size=processes, on_gpu=torch.cuda.is_available())
+    check_machine(args, processes)
+    run(args, todo, start())
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()
