@@ -25,7 +25,7 @@ from sparsek_megatron.training.parallel import Machine
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may switch: each is a column of the table."""
+    """What a run may switch; in words, a column of the table."""
 
     recompute: str | None = None
     recompute_layers: int | None = None  # the first ones alone; None recomputes every layer
@@ -42,7 +42,7 @@ class Options:
         words += ["fused RoPE"] if self.apply_rope_fusion else []
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
-        words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens else []
+        words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens is not None else []
         return ", ".join(words)
 
 
@@ -72,7 +72,9 @@ def training_config(
         context_parallel_size=cp,
         recompute_granularity=options.recompute,
         recompute_method="uniform" if options.recompute_layers is None else "block",
-        recompute_num_layers=options.recompute_layers or 1,
+        recompute_num_layers=1 if options.recompute_layers is None else options.recompute_layers,
+        cpu_offloading_num_layers=options.cpu_offloading_num_layers,
+        mlp_tile_tokens=options.mlp_tile_tokens,
         zero_stage=1,
         lr=1e-4,
         train_iters=1,
@@ -107,7 +109,7 @@ def build(
         use_chunked_loss(model)
     if options.cpu_offloading_num_layers:
         use_checkpoint_offload(model, num_layers=options.cpu_offloading_num_layers)
-    if options.mlp_tile_tokens:
+    if options.mlp_tile_tokens is not None:
         use_tiled_mlp(model, tile_tokens=options.mlp_tile_tokens)
     return model.cuda() if machine.on_gpu else model
 
