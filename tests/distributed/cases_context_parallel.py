@@ -6,6 +6,9 @@ float64, but for the scores, which travel as float32: values of both are exact i
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +16,12 @@ import torch
 from mcore_harness import parallel
 from megatron.core import parallel_state
 from sparsek_kernels import sparsek_attention
+from sparsek_kernels.attention import reference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from worker import case
 
-from sparsek_megatron.context_parallel import context_parallel_attention, shard_positions
+from sparsek_megatron.context_parallel import context_parallel_attention, exchange, shard_positions
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic
 
 HEADS, KV_HEADS, DIM = 4, 4, 8
@@ -135,4 +141,75 @@ def context_parallel_traffic() -> dict[str, Any]:
         answer: dict[str, Any] = {str(n): traffic_of(n, **sizes) for n in (128, 256, 512)}
         grown = {"topk": 12, "pool": 48, "window": 16, "stride": 8}
         answer |= {name: traffic_of(256, **{**sizes, name: value}) for name, value in grown.items()}
+    return answer
+
+
+SELECTING = {
+    "summaries": (exchange, "summarise"),
+    "start states": (exchange, "start_states"),
+    "sums over chunks": (exchange, "_sum_over_chunks"),
+    "walk": (reference, "pool_indices"),
+}
+
+
+class Work(TorchDispatchMode):
+    """Elements of all tensors that operators other than views are called with, by the function of SELECTING around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: Counter[str] = Counter()
+        self.part = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            given = tree_leaves((args, kwargs))
+            self.elements[self.part] += sum(x.numel() for x in given if isinstance(x, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def told_apart(self) -> Iterator[None]:
+        """Where the functions of SELECTING say that they run."""
+        kept = {part: getattr(*place) for part, place in SELECTING.items()}
+
+        def announced(part: str) -> Any:
+            def function(*args: Any, **kwargs: Any) -> Any:
+                self.part = part
+                try:
+                    return kept[part](*args, **kwargs)
+                finally:
+                    self.part = ""
+
+            return function
+
+        try:
+            for part, place in SELECTING.items():
+                setattr(*place, announced(part))
+            yield
+        finally:
+            for part, place in SELECTING.items():
+                setattr(*place, kept[part])
+
+
+def work_of(n: int) -> dict[str, int]:
+    """Elements that the parts of this rank's selection work on in one forward and backward."""
+    group = parallel_state.get_context_parallel_group()
+    *tensors, _ = inputs(n, dtype=torch.float32)
+    mine = shard_positions(n, group.size(), group.rank())
+    shards = [x[:, mine].clone().requires_grad_() for x in tensors]
+    options: dict[str, Any] = {"topk": 6, "window": 8, "stride": 8, "pool": 16, "gate": "key_value"}
+    work = Work()
+    with work.told_apart(), work:
+        context_parallel_attention(
+            *shards, group=group, softmax_scale=1.0, backend="torch", **options
+        ).sum().backward()
+    return {part: work.elements[part] for part in SELECTING}
+
+
+@case
+def context_parallel_work() -> dict[str, dict[str, int]]:
+    """Of a rank, by context-parallel size and length."""
+    answer = {}
+    for cp, lengths in {2: (128, 256), 4: (128, 256, 512)}.items():
+        with parallel(cp=cp):
+            answer |= {f"cp{cp}, {n}": work_of(n) for n in lengths}
     return answer

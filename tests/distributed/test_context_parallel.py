@@ -49,6 +49,24 @@ def test_received_bytes_are_linear_in_what_a_chunk_needs(launched) -> None:
         assert 0 < answer[name] - answer["256"] <= heads_and_rows * more * (others * 8 + 4 * row)
 
 
+def test_selection_work_per_token_does_not_grow_with_the_length(launched) -> None:
+    """What the start states cost does not depend on the length; the rest is linear in a rank's own tokens."""
+    answer = launched["context_parallel_work"]
+    short, middle, long = (answer[f"cp4, {n}"] for n in (128, 256, 512))
+    for part in ("start states", "sums over chunks"):
+        assert 0 < short[part] == middle[part] == long[part]
+    for part in ("summaries", "walk"):
+        assert 0 < long[part] - middle[part] == 2 * (middle[part] - short[part])
+        assert long[part] / 512 < middle[part] / 256 < short[part] / 128
+
+
+def test_local_selection_depends_on_the_own_tokens_alone(launched) -> None:
+    answer = launched["context_parallel_work"]
+    for n in (128, 256):
+        for part in ("summaries", "walk"):
+            assert answer[f"cp2, {n}"][part] == answer[f"cp4, {2 * n}"][part]
+
+
 class GroupOfTwo:
     """A context-parallel group that cannot send anything: what is refused must be refused before."""
 
