@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's configuration: made from the run's settings, or a user's JSON file whose "auto" values they fill."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ OWNED = {
     "bf16.enabled": "--bf16",
 }
 # Settings that train wrongly, or not at all, under Megatron's parallelism or this loop.
+_ROUNDS = "gradients are averaged as they are, in float32: otherwise norms and losses differ from one process's"
+_SKIPS = "a step whose gradient is not finite is skipped and counted by its norm"
 REFUSED = {
     "optimizer": "this program builds the optimizer from its own flags (--lr, --adam-beta1, --weight-decay)",
     "scheduler": "the learning rate follows --lr-decay-style, which needs no state to resume",
@@ -34,10 +37,22 @@ REFUSED = {
     "tensor_parallel": "layers are sharded by Megatron; use --tensor-model-parallel-size",
     "pipeline": "DeepSpeed's pipeline engine refuses ZeRO 2 and 3, and mcore's schedules bypass DeepSpeed's backward",
     "elasticity": "the global batch is a setting of the run; start other numbers of processes and resume",
+    "communication_data_type": _ROUNDS,
+    "prescale_gradients": _ROUNDS,
+    "gradient_predivide_factor": _ROUNDS,
+    "gradient_allreduce_op": _ROUNDS,
+    "managed_gradient_accumulation": "the training loop says where a batch ends",
+    "data_types": "gradients add up in float32 here",
+    "torch_autocast": "weights are bfloat16 or float32 here; use --bf16",
+    "checkpoint": "checkpoints are this program's own, with checksums; see --save and --checkpoint-read-back",
+    "bf16.check_grad_overflow": _SKIPS,
+    "zero_optimization.compute_grad_norm": _SKIPS,
+    "zero_optimization.cpu_offload": "an old name; use --offload-optimizer",
     "zero_optimization.offload_param": "parameters stay on the GPU here; use --zero-stage 3 without it",
     "zero_optimization.elastic_checkpoint": "checkpoints change layout without it",
     "zero_optimization.round_robin_gradients": "it reorders the partitions that a checkpoint is cut into",
 }
+_TOP_LEVEL = sorted({key.partition(".")[0] for key in (*OWNED, *REFUSED)})
 
 
 def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, overlap: bool) -> dict[str, Any]:
@@ -93,11 +108,16 @@ def _merged(path: str, theirs: dict[str, Any], ours: dict[str, Any], prefix: str
         key = prefix + name
         if key in REFUSED:
             raise UserError(f"--deepspeed-config {path}: {key}: {REFUSED[key]}; leave it out")
+        nearest = difflib.get_close_matches(name, _TOP_LEVEL, n=1, cutoff=0.8) if not prefix else []
+        if nearest and name not in _TOP_LEVEL:  # DeepSpeed ignores a name that it does not know
+            raise UserError(f"--deepspeed-config {path}: {key}: unknown; did you mean {nearest[0]}?")
         if value == AUTO:
             if name not in ours:
                 raise UserError(f'--deepspeed-config {path}: {key}: this program has no value for "auto"; give one')
         elif isinstance(value, dict) and isinstance(ours.get(name, {}), dict):
             merged[name] = _merged(path, value, ours.get(name, {}), f"{key}.")
+        elif isinstance(ours.get(name), dict):
+            raise UserError(f"--deepspeed-config {path}: {key}: {value!r} is no object; write {{...}} or leave it out")
         elif key in OWNED and value != ours[name]:
             raise UserError(
                 f'--deepspeed-config {path}: {key}: {value!r}, but this run has {ours[name]!r}; write "auto" there or '

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed around the model: parameter groups, the optimizer that the machine has, and the ZeRO configuration."""
 
+import copy
 import importlib.util
 import logging
 import math
@@ -38,8 +39,9 @@ def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dic
 
 
 def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machine: Machine) -> tuple[Any, str]:
-    """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed, else DeepSpeed's where it can be
-    built, else torch's fused one; on CPU torch's. With --offload-optimizer DeepSpeed's CPU one, which it compiles.
+    """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed with its CUDA extensions, else
+    DeepSpeed's where it can be built, else torch's fused one; on CPU torch's. With --offload-optimizer DeepSpeed's CPU
+    one, which it compiles.
 
     Raises:
         UserError: --offload-optimizer without a C++ compiler.
@@ -59,17 +61,24 @@ def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machin
     if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
         from apex.optimizers import FusedAdam as ApexFusedAdam  # pyright: ignore[reportMissingImports]
 
-        return ApexFusedAdam(groups, adam_w_mode=True, **common), "Apex FusedAdam"
+        try:
+            return ApexFusedAdam(groups, adam_w_mode=True, **common), "Apex FusedAdam"
+        except (RuntimeError, ImportError) as err:  # an Apex without its CUDA extensions imports all the same
+            _tell(machine, "Apex FusedAdam does not run here", err, "using the next")
     if shutil.which("nvcc") and shutil.which("ninja"):
         from deepspeed.ops.adam import FusedAdam
 
         try:
             return FusedAdam(groups, adam_w_mode=True, **common), "DeepSpeed FusedAdam"
         except Exception as err:  # DeepSpeed's builder raises several kinds where no compiler fits this CUDA
-            if machine.is_first:
-                reason = str(err).splitlines()[0]
-                print(f"DeepSpeed FusedAdam does not build here ({reason}); using torch's", flush=True)
+            _tell(machine, "DeepSpeed FusedAdam does not build here", err, "using torch's")
     return torch.optim.AdamW(groups, fused=True, **common), "torch fused AdamW"
+
+
+def _tell(machine: Machine, what: str, err: Exception, instead: str) -> None:
+    if machine.is_first:
+        reason = next(iter(str(err).splitlines()), type(err).__name__)
+        print(f"{what} ({reason}); {instead}", flush=True)
 
 
 def deepspeed_config(config: TrainingConfig, machine: Machine) -> dict[str, Any]:
@@ -83,7 +92,11 @@ def deepspeed_config(config: TrainingConfig, machine: Machine) -> dict[str, Any]
 
 
 def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machine) -> tuple[Any, str]:
-    """(DeepSpeed engine, name of the optimizer). The process group must exist."""
+    """(DeepSpeed engine, name of the optimizer). The process group must exist.
+
+    Raises:
+        UserError: DeepSpeed does not take a setting of the user's file.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
@@ -91,16 +104,41 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     if not machine.on_gpu:
         # Used by DeepSpeed's inference all-reduce alone; building it would take a C++ compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = deepspeed_config(config, machine)
+    if config.deepspeed_config:
+        require_readable(config.deepspeed_config, settings)
     optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, machine),
+        config=settings,
         mpu=DeepSpeedMpu(),
         dist_init_required=False,
     )
     use_one_norm(engine)
+    if _steps_without_norm(engine):
+        engine.clip_fp32_gradients = lambda: None  # `take_step` does
     return engine, name
+
+
+def require_readable(path: str, settings: dict[str, Any]) -> None:
+    """Raise `UserError` where DeepSpeed does not understand a setting of the file at `path`."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings), DeepSpeedMpu())
+    except Exception as err:  # it raises several kinds, assertions and pydantic's among them
+        if hasattr(err, "errors"):  # pydantic's
+            first = err.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            reason = next(iter(str(err).splitlines()), "") or type(err).__name__
+        raise UserError(f"--deepspeed-config {path}: DeepSpeed does not take it ({reason}); mend the file") from err
+
+
+def _steps_without_norm(engine: Any) -> bool:
+    """Whether DeepSpeed's step neither keeps the gradients' norm nor looks at it: without ZeRO, in float32."""
+    return not engine.zero_optimization() and not engine.bfloat16_enabled()
 
 
 HYPERPARAMETERS = ("weight_decay", "betas", "eps", "lr_mult")
@@ -127,16 +165,16 @@ def take_step(engine: Any) -> float | None:
     """The engine's step after one micro-batch; at the end of the batch, the gradient norm before clipping, else None.
 
     A norm that is not finite leaves weights and optimizer state as they are, on every rank. ZeRO sees to that itself
-    and then reports infinity. Without ZeRO in float32 DeepSpeed clips but neither keeps a norm nor looks at it, so it
-    is taken here, and an optimizer without gradients does nothing.
+    and then reports infinity. Without ZeRO in float32 the norm is taken and the gradients are clipped here: where it is
+    not finite they are dropped, and an optimizer without gradients does nothing.
     """
     at_boundary = engine.is_gradient_accumulation_boundary()
     norm = None
-    if at_boundary and not engine.zero_optimization() and not engine.bfloat16_enabled():
+    if at_boundary and _steps_without_norm(engine):
         from deepspeed.runtime.utils import clip_grad_norm_
 
         parameters = list(engine.module.parameters())
-        norm = float(clip_grad_norm_(parameters, max_norm=float("inf"), mpu=engine.mpu))
+        norm = float(clip_grad_norm_(parameters, max_norm=engine.gradient_clipping() or math.inf, mpu=engine.mpu))
         if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None

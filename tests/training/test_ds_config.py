@@ -10,6 +10,7 @@ from programs import REPOSITORY
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.ds_config import build_ds_config
+from sparsek_megatron.training.engine import require_readable
 
 CONFIG = TrainingConfig(micro_batch_size=2, global_batch_size=16, clip_grad=0.7, zero_stage=2)
 
@@ -57,6 +58,25 @@ def test_every_example_fits_a_run_of_its_stage(path):
         ({"pipeline": {}}, "pipeline engine refuses ZeRO 2 and 3"),
         ({"fp16": {"enabled": True}}, "use --bf16"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"zero_optimization": False}, r"zero_optimization: False is no object; write \{...\} or leave it out"),
+        ({"zero_optimization": None}, "zero_optimization: None is no object"),
+        ({"zero_optimization": [{"stage": 2}]}, "zero_optimization: .* is no object"),
+        ({"bf16": False}, "bf16: False is no object"),
+        ({"timers": {"throughput": False}}, "timers.throughput: False is no object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer: 'cpu' is no object"),
+        ({"zero_optimisation": {"stage": 2}}, r"zero_optimisation: unknown; did you mean zero_optimization\?"),
+        ({"gradient_cliping": 0.7}, r"gradient_cliping: unknown; did you mean gradient_clipping\?"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload: an old name; use --offload-optimizer"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: a step whose gradient is not finite"),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "check_grad_overflow: a step whose gradient"),
+        ({"communication_data_type": "bf16"}, "communication_data_type: gradients are averaged as they are"),
+        ({"prescale_gradients": True}, "prescale_gradients: gradients are averaged as they are"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: gradients are averaged as they are"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: gradients are averaged as they are"),
+        ({"managed_gradient_accumulation": True}, "the training loop says where a batch ends"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types: gradients add up in float32"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast: .* use --bf16"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint: checkpoints are this program's own"),
         ({"comms_logger": "auto"}, 'no value for "auto"'),
         ("{", "not valid JSON"),
         ("[]", "must hold an object"),
@@ -65,6 +85,21 @@ def test_every_example_fits_a_run_of_its_stage(path):
 def test_what_would_train_otherwise_than_the_flags_say_is_refused(tmp_path, settings, said):
     with pytest.raises(UserError, match=rf"--deepspeed-config .*{said}"):
         build(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com: "),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: "),
+        ({"comms_logger": {"enabled": 3}}, "enabled: "),
+        ({"activation_checkpointing": 3}, "'int' object"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_does_not_take_is_one_line(tmp_path, settings, said):
+    built = build(tmp_path, settings)
+    with pytest.raises(UserError, match=rf"--deepspeed-config .*ds.json: DeepSpeed does not take it \({said}"):
+        require_readable(str(tmp_path / "ds.json"), built)
 
 
 def test_an_absent_file_is_named():

@@ -2,13 +2,21 @@
 """What DeepSpeed is told: parameter groups, configuration, and a view of the groups without its own traps."""
 
 import dataclasses
-from types import SimpleNamespace
+import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.engine import deepspeed_config, parameter_groups, set_learning_rate
+from sparsek_megatron.training.engine import (
+    build_optimizer,
+    deepspeed_config,
+    parameter_groups,
+    set_learning_rate,
+)
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 
 CONFIG = TrainingConfig(
@@ -56,6 +64,27 @@ def test_the_global_batch_is_shared_by_data_parallel_ranks_alone(world, steps):
     assert not config["bf16"]["enabled"]
     stage3 = deepspeed_config(dataclasses.replace(CONFIG, zero_stage=3), machine)
     assert stage3["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_an_apex_without_its_cuda_extensions_is_passed_over(monkeypatch, capsys, runs):
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, groups, adam_w_mode, **options):
+            if not runs:
+                raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+            super().__init__(groups, **options)
+
+    for name in ("apex", "apex.optimizers"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.FusedAdam = FusedAdam
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # no compiler for DeepSpeed's
+    machine = Machine(0, 1, torch.device("cuda"), torch.distributed.HashStore())
+    optimizer, name = build_optimizer(CONFIG, parameter_groups(CONFIG, scored_model()), machine)
+    assert name == ("Apex FusedAdam" if runs else "torch fused AdamW") and len(optimizer.param_groups) == 4
+    said = capsys.readouterr().out
+    assert said == "" if runs else said.startswith("Apex FusedAdam does not run here (apex.optimizers.FusedAdam req")
 
 
 def test_deepspeed_is_shown_no_sequence_parallelism():
