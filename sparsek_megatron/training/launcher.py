@@ -10,8 +10,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, UserError
+from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, RankError, UserError
 from sparsek_megatron.training.stopping import release_signals
+
+_START = "start through torchrun (launch/torchrun.sh) or with --nproc-per-node, which set it"
 
 
 def order_launches(ranks_of_a_layer: int) -> None:
@@ -30,8 +32,23 @@ def is_launched() -> bool:
 
 
 def world_size_of_environment() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that the launcher started; 1 without a launcher.
+
+    Raises:
+        RankError: the environment says that there are several, but not which is this or where they meet.
+    """
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    found = {name: os.environ.get(name, default) for name, default in names.items()}
+    for name, value in found.items():
+        if not value.isdecimal():
+            raise RankError(f"{name}={value} in the environment: not a number; {_START}")
+    rank, world_size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= world_size:
+        raise RankError(f"RANK={rank} in the environment: not below WORLD_SIZE={world_size}; {_START}")
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and absent:
+        raise RankError(f"WORLD_SIZE={world_size} in the environment, but {absent[0]} is not set; {_START}")
+    return world_size
 
 
 def processes_to_start(processes: int | None) -> int:

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from sparsek_megatron.context_parallel import check_agreement
 from sparsek_megatron.errors import EXIT_USAGE, RankError, UserError, describe_os_error
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.launcher import order_launches
+from sparsek_megatron.training.launcher import order_launches, world_size_of_environment
 
 _REPORTED = "user_error_reported"
 _starts = itertools.count()
@@ -50,7 +50,11 @@ def initialize(config: TrainingConfig) -> Machine:
     """Join the process group and build mcore's groups; NCCL on GPUs, gloo on CPU.
 
     Seeds every RNG: the same default generator on all ranks, mcore's tracker per tensor-parallel rank.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, or the ranks have different settings.
     """
+    processes = world_size_of_environment()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -67,7 +71,7 @@ def initialize(config: TrainingConfig) -> Machine:
         enable_cpu()
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
-    if "MASTER_PORT" in os.environ:
+    if processes > 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     else:
         store, rank, world_size = dist.HashStore(), 0, 1  # pyright: ignore[reportPrivateImportUsage]

@@ -15,7 +15,9 @@ from programs import REPOSITORY, run
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, parse
 from sparsek_megatron.training.generate import generation_config
+from sparsek_megatron.training.launcher import world_size_of_environment
 from sparsek_megatron.training.manifest import record_of, write_manifest
+from sparsek_megatron.training.parallel import initialize
 from sparsek_megatron.training.pretrain import pretrain
 from sparsek_megatron.training.validate import check_precision, check_ranges, sparsek_config
 
@@ -235,6 +237,28 @@ def test_bf16_with_tensor_parallelism_needs_zero(prepared):
 def test_the_program_itself_exits_with_two_and_one_line(prepared, tmp_path):
     said = run("pretrain_gpt.py", *prepared.flags(tmp_path / "run"), "--num-layrs", "4", code=2)
     assert said == "error: --num-layrs: unknown flag; did you mean --num-layers?\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("RANK=0 WORLD_SIZE=2", "WORLD_SIZE=2 in the environment, but MASTER_ADDR is not set; start through torchrun"),
+        ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a", "WORLD_SIZE=2 in the environment, but MASTER_PORT is not set"),
+        ("WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "WORLD_SIZE=2 in the environment, but RANK is not set"),
+        ("RANK=0 WORLD_SIZE=abc", "WORLD_SIZE=abc in the environment: not a number"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK=-1 in the environment: not a number"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2 in the environment: not below WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=x", "LOCAL_RANK=x in the environment: not a number"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_ADDR=a MASTER_PORT=x", "MASTER_PORT=x in the environment: not a number"),
+    ],
+)  # fmt: skip
+def test_half_of_a_launchers_variables_is_refused_before_anything_is_trained(monkeypatch, refused, variables, said):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for each in variables.split():
+        monkeypatch.setenv(*each.split("="))
+    config, _ = parse([*NEEDED, "--config", str(REPOSITORY / "examples/configs/tiny_cpu.yaml")])
+    assert said in refused(world_size_of_environment) and said in refused(initialize, config)
 
 
 def test_a_line_leaves_in_one_write_whatever_the_buffering():
