@@ -181,6 +181,7 @@ def compare(
         "loss": abs(got["loss"] - want["loss"]) / want["loss"],
         "gradients": relative_errors(got["gradients"], want["gradients"]),
         "different_selections": different_selections(got["scores"], want["scores"], sparsek or {}),
+        "selections": sum(x.numel() for x in want["scores"]),
     }
 
 

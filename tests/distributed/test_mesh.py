@@ -15,7 +15,15 @@ LAUNCHED = "cases_mesh"
 
 TOLERANCE = 1e-5
 # bf16 rounds every activation and weight gradient to 8 bits: a sum over ranks in another order moves the last ones.
+# A logit moves by up to 2^-9, in either direction: the mean of thousands of tokens hides most of it, 2.6e-5 of a loss
+# were left on four GPUs. Positions that are wrong under CP change it by 9e-3, and a third of the selections (on CPU).
 GPU_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+GPU_LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
+# bf16 under TP: matrix products change their shape, scores their last bit, and nearly equal keys change places: 97 to
+# 110 of 24,576 on four GPUs, where gradients but the scorers' were off by up to 0.035.
+BF16_TP_SELECTIONS = 0.02
+BF16_TP_GRADIENT = 0.2
+NEED_FOUR = ("mesh_tp4", "mesh_cp4", "mesh_tp2_cp2", "mesh_tp2_cp2_sp")
 DENSE = (
     "mesh_tp2",
     "mesh_tp2_sp",
@@ -33,12 +41,14 @@ DENSE = (
 )
 
 
-def check(answer: dict[str, Any], parameters: int, tolerance: float) -> None:
+def check(
+    answer: dict[str, Any], parameters: int, tolerance: float, loss_tolerance: float = TOLERANCE
+) -> None:
     gradients = answer["gradients"]
     assert len(gradients) == parameters
     assert sum("scorer" in name for name in gradients) >= 4
     assert answer["different_selections"] == 0
-    assert answer["loss"] <= tolerance
+    assert answer["loss"] <= loss_tolerance
     worst = max(gradients, key=lambda name: gradients[name])
     assert gradients[worst] <= tolerance, f"{worst}: {gradients[worst]}"
 
@@ -63,18 +73,52 @@ def test_the_comparison_sees_a_gradient_that_does_not_come_back(launched) -> Non
     assert max(error for name, error in errors.items() if "scorer" in name) > 1e-2
 
 
+def check_gpus(answers: Any, ranks: int, dtype: str) -> None:
+    """Every case that fits on `ranks` GPUs, 2 or 4."""
+    for name in (*DENSE, "mesh_ep2"):
+        answer = answers[name]
+        assert (answer is None) == (ranks < 4 and name in NEED_FOUR), name
+        if answer is None:
+            continue
+        if dtype == "bfloat16" and "tp" in name:
+            check_other_selections(answer, parameters_of(name))
+        else:
+            check(answer, parameters_of(name), GPU_TOLERANCE[dtype], GPU_LOSS_TOLERANCE[dtype])
+
+
+def check_other_selections(answer: dict[str, Any], parameters: int) -> None:
+    """bf16 under TP: nearly equal keys may change places, and the scorers' gradients are then another function's."""
+    gradients = answer["gradients"]
+    assert len(gradients) == parameters
+    assert answer["different_selections"] <= BF16_TP_SELECTIONS * answer["selections"]
+    assert answer["loss"] <= GPU_LOSS_TOLERANCE["bfloat16"]
+    others = {name: error for name, error in gradients.items() if "scorer" not in name}
+    worst = max(others, key=lambda name: others[name])
+    assert others[worst] <= BF16_TP_GRADIENT, f"{worst}: {others[worst]}"
+
+
+@pytest.mark.parametrize("dtype", list(GPU_TOLERANCE))
+def test_every_case_on_gpus_is_checked(launched, dtype: str) -> None:
+    """The check of the next test, on gloo's answers: as they are, and with each of them as wrong positions make it."""
+    names = (*DENSE, "mesh_ep2")
+    answers = {name: launched[name] for name in names}
+    check_gpus(answers, 4, dtype)
+    for name in names:
+        right = answers[name]
+        for wrong in (
+            None,
+            {**right, "different_selections": right["selections"] // 30},
+            {**right, "loss": 9e-3},
+            {**right, "gradients": {**right["gradients"], "embedding.word_embeddings.weight": 0.5}},
+        ):
+            with pytest.raises(AssertionError):
+                check_gpus({**answers, name: wrong}, 4, dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(GPU_TOLERANCE))
 def test_gpus(launch_on_gpus, dtype: str) -> None:
-    """Selections may swap where a product's shape changed with the mesh: then gradients are not comparable."""
-    ranks = min(torch.cuda.device_count(), 4)
-    if ranks < 2:
+    ranks = 4 if torch.cuda.device_count() >= 4 else 2
+    if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    answers = launch_on_gpus(ranks, "cases_mesh", "^mesh_", MESH_DTYPE=dtype)
-    compared = 0
-    for name in (*DENSE, "mesh_ep2"):
-        answer = answers[name]
-        if answer is not None and answer["different_selections"] == 0:
-            check(answer, parameters_of(name), GPU_TOLERANCE[dtype])
-            compared += 1
-    assert compared >= 4
+    check_gpus(launch_on_gpus(ranks, LAUNCHED, "^mesh_", MESH_DTYPE=dtype), ranks, dtype)
