@@ -2,7 +2,7 @@
 """The folder of a run: names of its checkpoints, and whether one fits the run that would resume it.
 
 It holds `latest` (a name) and `step_00000100/` folders, each with `run.json`: the settings that must fit, and
-`manifest.json`.
+`manifest.json`. A run that goes back to an older step renames the newer ones to `given_up_step_...` when it saves.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from sparsek_megatron.training.manifest import check_contents, check_sizes
 
 LATEST = "latest"
 RUN = "run.json"
+ASIDE = "given_up_"
 NAME = re.compile(r"step_(\d{8})")
 
 ARCHITECTURE = (
@@ -50,8 +51,8 @@ def checkpoint_name(step: int) -> str:
 def candidates(folder: str | Path) -> tuple[list[int], str | None]:
     """(steps of the checkpoints to try, newest first; what is wrong with `latest`, in words, if anything).
 
-    They begin with the one that `latest` names: newer ones belong to a trajectory that was given up, or were renamed an
-    instant before a kill. Where `latest` cannot be read, all are tried.
+    They begin with the one that `latest` names: newer ones belong to a trajectory that is being given up, or were
+    renamed an instant before a kill. Where `latest` cannot be read, all are tried.
     """
     root = Path(folder)
     pointer = root / LATEST

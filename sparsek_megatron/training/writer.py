@@ -30,7 +30,7 @@ from sparsek_megatron.files import atomic_write, fsync_path, publish
 from sparsek_megatron.training import write_file
 from sparsek_megatron.training.manifest import FileRecord, record_of, write_manifest
 from sparsek_megatron.training.parallel import Machine
-from sparsek_megatron.training.run_folder import LATEST, NAME, checkpoint_name, newest_complete
+from sparsek_megatron.training.run_folder import ASIDE, LATEST, NAME, checkpoint_name, newest_complete
 
 PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -159,6 +159,7 @@ class CheckpointWriter:
                     records[path.name] = record_of(path)
             write_manifest(folder, records)
             fsync_path(folder)
+            self._put_aside(step)
             if final.exists():  # of a trajectory that was given up, or damaged
                 os.replace(final, final.with_name(_REPLACED + final.name))
             publish(folder, final)
@@ -169,6 +170,18 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
             return _reason(err)
         return _DONE
+
+    def _put_aside(self, step: int) -> None:
+        """Rename the checkpoints of later steps: this run has not come by them, so they must not be tried in the place
+        of its own, should `latest` be lost.
+        """
+        later = sorted(p for p in self._root.iterdir() if (m := NAME.fullmatch(p.name)) and int(m[1]) > step)
+        for path in later:
+            aside = path.with_name(ASIDE + path.name)
+            if aside.exists():
+                os.replace(aside, path.with_name(_REPLACED + path.name))
+            os.replace(path, aside)
+            self._news.append(f"{path}: of a trajectory that was given up; it is {aside} now, remove it at will")
 
     def _prune(self, step: int) -> None:
         """Remove all but the `keep_last_n` newest up to `step`, the one just written among them."""

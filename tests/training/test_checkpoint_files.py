@@ -82,16 +82,39 @@ def test_the_checkpoints_to_try_begin_at_latest(tmp_path):
     assert candidates(tmp_path / "absent") == ([], None)
 
 
-def test_the_newest_are_kept_and_those_of_a_trajectory_given_up_are_not_counted(tmp_path):
+def test_the_newest_are_kept_and_those_of_a_trajectory_given_up_are_put_aside(tmp_path):
     write(tmp_path, 3, 6, 9, 12, keep_last_n=3)
     assert steps(tmp_path) == [6, 9, 12]
     write(tmp_path, 15, keep_last_n=5)
     assert steps(tmp_path) == [6, 9, 12, 15]
-    write(tmp_path, 7, keep_last_n=1)  # resumed from 6, say
-    assert steps(tmp_path) == [7, 9, 12, 15] and latest_step(tmp_path) == 7
+    news = write(tmp_path, 7, keep_last_n=1).news()  # resumed from 6, say
+    assert steps(tmp_path) == [7] and latest_step(tmp_path) == 7
+    aside = [tmp_path / f"given_up_step_000000{step:02d}" for step in (9, 12, 15)]
+    assert all(check_sizes(path) is None and check_contents(path) is None for path in aside)
+    assert len(news) == 4 and f"step_00000009: of a trajectory that was given up; it is {aside[0]} now" in news[0]
     write(tmp_path, 9, keep_last_n=1, state={"new": 1})
-    assert steps(tmp_path) == [9, 12, 15]
-    assert safe_load(tmp_path / "step_00000009" / "a.pt") == {"new": 1}
+    assert steps(tmp_path) == [9] and safe_load(tmp_path / "step_00000009" / "a.pt") == {"new": 1}
+    write(tmp_path, 8, keep_last_n=1)
+    assert steps(tmp_path) == [8] and safe_load(aside[0] / "a.pt") == {"new": 1}
+    assert sorted(tmp_path.iterdir()) == [*aside, tmp_path / "latest", tmp_path / "step_00000008"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_a_trajectory_given_up_is_not_resumed_when_latest_is_lost(tmp_path, harm):
+    write(tmp_path, 3, 6, 9)
+    (tmp_path / "latest").write_text("step_00000003")
+    write(tmp_path, 5)
+    (tmp_path / "latest").unlink() if harm == "missing" else (tmp_path / "latest").write_bytes(b"\xff")
+    assert candidates(tmp_path)[0] == [5, 3]
+
+
+def test_a_kill_between_putting_aside_and_publishing_loses_nothing(tmp_path, monkeypatch):
+    write(tmp_path, 3, 6, 9)
+    (tmp_path / "latest").write_text("step_00000006")
+    monkeypatch.setattr(writer_module, "publish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match="the checkpoint of step 6 is intact"):
+        write(tmp_path, 7, keep_last_n=1)
+    assert steps(tmp_path) == [3, 6] and (tmp_path / "given_up_step_00000009" / "a.pt").is_file()
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
