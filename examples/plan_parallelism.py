@@ -60,8 +60,8 @@ def calibrated(results: Path, machine: Machine) -> Machine:
     except (ValueError, csv.Error) as err:
         raise UserError(f"--calibrate {results}: {err}") from None
     print(
-        f"calibrated: matrix products at {fitted.matmul:.0%} of {machine.peak / 1e12:.0f} TFLOP/s, "
-        f"{fitted.fast / 1e9:.0f} GB/s within a node, {fitted.exchange * 1e3:.2f} ms a collective of an exchange"
+        f"calibrated: matrix products at {fitted.matmul:.1%} of {machine.peak / 1e12:.0f} TFLOP/s, "
+        f"{fitted.fast / 1e9:.1f} GB/s within a node, {fitted.exchange * 1e3:.3f} ms a collective of an exchange"
     )
     for name, measured, predicted in compared:
         print(f"  {name}: measured {measured * 1e3:.1f} ms, predicted {predicted * 1e3:.1f} ms "

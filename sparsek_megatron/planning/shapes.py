@@ -60,10 +60,10 @@ class Machine:
     attention_forward, attention_backward  useful FLOP/s of the attention kernels (kernels/benchmarks/README.md)
     memory            bytes of one GPU that training may fill
     node              GPUs that share the fast link
-    fast, slow        bytes/s that one GPU receives within a node, and from other nodes
-    latency           seconds that a collective takes beside its bytes
-    exchange          the same of each collective of a context-parallel exchange, with the small kernels around it and
-                      the wait for the other ranks (calibrated)
+    fast, slow        bytes/s that one GPU receives within a node (calibrated), and from other nodes
+    exchange          seconds that each collective of a context-parallel exchange takes beside its bytes, with the small
+                      kernels around it and the wait for the other ranks (calibrated)
+    latency           the same of every other collective
     """
 
     peak: float
@@ -74,24 +74,23 @@ class Machine:
     node: int
     fast: float
     slow: float
+    exchange: float
     latency: float = 2e-5
-    exchange: float = 4e-4
 
 
-# Peak and memory from the data sheet; attention measured; `matmul`, `fast` and `exchange` fitted to two GPUs by a model
-# that also charged measured layers the reduction of their gradients: the present one gives 53 %, 292 GB/s and 0.77 ms
-# for the same rows. On the rows measured on one, two and four GPUs they are wrong by -3.9 to +8.6 % (the latter on one
-# GPU at 32,768 tokens), and by -22 % where context parallelism leaves 8,192 tokens on each of four.
-# examples/benchmark_scaling.md says why a fit to the four does not replace them. `slow` and `latency` are assumptions.
+# Peak and memory from the data sheet; attention measured; `matmul`, `fast` and `exchange` as
+# `examples/plan_parallelism.py --calibrate examples/results/scaling.csv` fits them, to four digits (their errors:
+# examples/benchmark_scaling.md). `slow` and `latency` are assumptions.
 H200 = Machine(
     peak=989e12,
-    matmul=0.53,
+    matmul=0.555,
     attention_forward=304e12,
     attention_backward=236e12,
     memory=0.9 * 141e9,
     node=8,
-    fast=296e9,
+    fast=303.9e9,
     slow=40e9,
+    exchange=1.632e-3,
 )
 
 

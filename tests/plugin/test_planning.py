@@ -48,9 +48,8 @@ def test_costs_of_layouts_add_up() -> None:
 def test_context_parallel_bytes_do_not_depend_on_the_length_and_tensor_parallel_ones_do() -> None:
     model = MODELS["7B"]
 
-    def received(tokens: int, **sizes: int) -> dict[str, float]:
-        layout = Layout(**{"tp": 1, "cp": 1, "pp": 1, "dp": 1, **sizes})
-        return estimate(model, Run(tokens, tokens), layout, H200).received
+    def received(tokens: int, *, tp: int = 1, cp: int = 1) -> dict[str, float]:
+        return estimate(model, Run(tokens, tokens), Layout(tp, cp, 1, 1), H200).received
 
     assert received(1 << 17, cp=4)["context"] == received(1 << 20, cp=4)["context"] > 0
     assert received(1 << 20, tp=4)["tensor"] == pytest.approx(8 * received(1 << 17, tp=4)["tensor"])
@@ -197,14 +196,6 @@ def test_constants_that_no_machine_has_are_refused(
         calibrate(rows, H200)
 
 
-def test_the_committed_rows_give_the_constants_that_the_page_states() -> None:
-    results = Path(__file__).parents[2] / "examples" / "results" / "scaling.csv"
-    with results.open(newline="") as file:
-        fitted, compared = calibrate(list(csv.DictReader(file)), H200)
-    assert f"{fitted.matmul:.0%} {fitted.fast / 1e9:.0f} {fitted.exchange * 1e3:.2f}" == "55% 304 1.63"
-    assert len(compared) == 12
-
-
 def plan(*flags: str) -> subprocess.CompletedProcess[str]:
     """The example's run with these flags."""
     program = Path(__file__).parents[2] / "examples" / "plan_parallelism.py"
@@ -220,9 +211,9 @@ def test_the_example_prints_a_row_for_each_case_and_the_errors(tmp_path: Path) -
         writer.writerows(rows)
     done = plan("--models", "7B", "--gpus", "8", "64", "--tokens", "131072", "--calibrate", str(results))
     assert done.returncode == 0, done.stderr
-    assert f"matrix products at {H200.matmul:.0%}" in done.stdout
+    assert f"matrix products at {H200.matmul:.1%}" in done.stdout
     assert done.stdout.count("| 7B |") == 2
-    assert "(+0.0%)" in done.stdout
+    assert len(re.findall(r"\([+-]0\.0%\)", done.stdout)) == len(rows)
 
 
 def test_the_example_tells_what_does_not_divide_from_what_does_not_fit() -> None:
