@@ -93,6 +93,13 @@ def mesh_cp2_packed() -> Any:
 
 
 @case
+def mesh_cp2_packed_padded() -> Any:
+    """Sequences of 37, 1 and 49 tokens (on CPU), padded to what context parallelism can divide."""
+    bounds = [SCALE * n for n in (0, 40, 44, 96)]
+    return on(2, cp=2, size=1, bounds=bounds, padding=3)
+
+
+@case
 def mesh_cp2_a2a_packed() -> Any:
     return on(2, cp=2, size=1, bounds=PACKED, mesh={"cp_comm_type": "a2a"})
 

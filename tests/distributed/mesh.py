@@ -29,6 +29,7 @@ from mcore_harness import (
     unshard,
 )
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from sparsek_kernels import select
 
 from sparsek_megatron import SparseKConfig, SparseKCoreAttention, get_sparsek_layer_spec
@@ -118,12 +119,25 @@ def gather_gradient(name: str, parameter: torch.nn.Parameter, loose: float) -> t
     return unshard(name, parameter, total, tolerance=loose)
 
 
+def packed_sequences(bounds: list[int], padding: int) -> PackedSeqParams:
+    """THD parameters of sequences between `bounds`, of which the last `padding` tokens of each are padding."""
+    lengths = [b - a for a, b in pairwise(bounds)]
+    made = packed([n - padding for n in lengths], lengths if padding else None)
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+        boundaries = getattr(made, name)
+        setattr(made, name, None if boundaries is None else boundaries.to(device()))
+    return made
+
+
 def run(
     *, size: int = 4, length: int = LENGTH, weights: dict[str, torch.Tensor] | None = None, seed: int = 17,
-    bounds: list[int] | None = None, dtype: torch.dtype = torch.float32, sparsek: dict[str, Any] | None = None,
-    **changes: Any,
+    bounds: list[int] | None = None, padding: int = 0, dtype: torch.dtype = torch.float32,
+    sparsek: dict[str, Any] | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loss, whole gradients, scores of each layer and whole weights, on the groups that are set up."""
+    """Loss, whole gradients, scores of each layer and whole weights, on the groups that are set up.
+
+    bounds: of packed sequences; padding: of the last tokens of each, which have no loss.
+    """
     dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     config = tiny_config(params_dtype=dtype, bf16=dtype == torch.bfloat16, kv_channels=HEAD_DIM, **changes)
     model = build_gpt(
@@ -140,12 +154,13 @@ def run(
     copies = dp if size < dp else 1  # a packed batch has one row: data-parallel ranks then share the same
     mine = slice(dp_rank * size // dp, (dp_rank + 1) * size // dp) if copies == 1 else slice(size)
     tokens, labels = tokens[mine][:, order], labels[mine][:, order]
-    sequences = None if bounds is None else packed([b - a for a, b in pairwise(bounds)])
-    if sequences is not None:
-        sequences.cu_seqlens_q = sequences.cu_seqlens_kv = sequences.cu_seqlens_q.to(device())
+    sequences = None if bounds is None else packed_sequences(bounds, padding)
+    counted = torch.ones(length, device=device())
+    for end in bounds[1:] if bounds and padding else []:
+        counted[end - padding : end] = 0
     with recorded_scores() as kept:
         losses = model(tokens, order.expand_as(tokens), None, labels=labels, packed_seq_params=sequences)
-        loss = losses.float().sum() / (size * length * copies)
+        loss = (losses.float() * counted[order]).sum() / (size * length * copies)
         loss.backward()
     layers = config.num_layers
     scores = [

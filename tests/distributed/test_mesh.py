@@ -37,6 +37,7 @@ DENSE = (
     "mesh_cp2_recompute",
     "mesh_cp2_selective_recompute_own_norm_of_the_scorer",
     "mesh_cp2_packed",
+    "mesh_cp2_packed_padded",
     "mesh_cp2_a2a_packed",
 )
 
