@@ -127,6 +127,28 @@ def training_cp2_pp2() -> dict[str, Any]:
     return compare(reference, got)
 
 
+@functools.cache
+def one_process_of_four_rows() -> dict[str, Any]:
+    return train(1, 1, 2, distributed=False, rows=4)
+
+
+def with_split_batch(tp: int) -> dict[str, Any]:
+    """Megatron's DDP over what is left of the ranks, each with its own rows, against one process with all of them."""
+    reference = one_process_of_four_rows()
+    got = train(tp, 1, 2, distributed=False, weights=reference["initial"], rows=4, split_batch=True)
+    return compare(reference, got)
+
+
+@case
+def training_dp() -> dict[str, Any]:
+    return with_split_batch(1)
+
+
+@case
+def training_tp2_dp() -> dict[str, Any]:
+    return with_split_batch(2)
+
+
 @case
 def training_pp2() -> dict[str, Any] | None:
     """For a launch of two ranks."""

@@ -77,8 +77,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def launched_on_two(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """Cases that need two processes, over gloo."""
-    changes = {"CUDA_VISIBLE_DEVICES": "", "DISTRIBUTED_CASES": "^agreement_"}
-    return launch(tmp_path_factory.mktemp("two"), 2, ("cases_agreement",), **changes)
+    changes = {"CUDA_VISIBLE_DEVICES": "", "DISTRIBUTED_CASES": "^(agreement_|training_dp$)"}
+    return launch(tmp_path_factory.mktemp("two"), 2, ("cases_agreement", "cases_training"), **changes)
 
 
 @pytest.fixture(scope="session")

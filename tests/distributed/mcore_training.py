@@ -29,7 +29,10 @@ METADATA = {
 
 
 class Training:
-    """Model chunks of this rank, their optimizer, and `step`, which returns the loss on every rank."""
+    """Model chunks of this rank, their optimizer, and `step`, which returns the loss on every rank.
+
+    rows: of a micro batch of all data-parallel ranks together, where they share it (split_batch); else each takes all.
+    """
 
     def __init__(
         self,
@@ -39,9 +42,12 @@ class Training:
         vpp: int | None = None,
         distributed: bool = True,
         overlap: bool = False,
+        rows: int = 2,
+        split_batch: bool = False,
         weights: Callable[[str, torch.nn.Parameter], torch.Tensor] | None = None,
         **changes: Any,
     ) -> None:
+        self.rows, self.split_batch = rows, split_batch
         if torch.cuda.is_available():  # the smallest head of the compiled kernels
             changes = {"kv_channels": 64, **changes}
         self.config = tiny_config(virtual_pipeline_model_parallel_size=vpp, **changes)
@@ -117,8 +123,14 @@ class Training:
             parallel_state.get_context_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
         )
+        data_parallel = parallel_state.get_data_parallel_group()
+        share, mine = self.rows, slice(None)
+        if self.split_batch:
+            share //= data_parallel.size()
+            mine = slice(share * data_parallel.rank(), share * (data_parallel.rank() + 1))
         micro_batches = [
-            [x.to(device()) for x in batch(LENGTH, 2, seed=100 * step + i)] for i in range(MICRO_BATCHES)
+            [x[mine].to(device()) for x in batch(LENGTH, self.rows, seed=100 * step + i)]
+            for i in range(MICRO_BATCHES)
         ]
         iterators = {id(chunk): iter(micro_batches) for chunk in self.chunks}
         losses = get_forward_backward_func()(
@@ -127,7 +139,7 @@ class Training:
             model=self.chunks,
             num_microbatches=MICRO_BATCHES,
             seq_length=LENGTH,
-            micro_batch_size=2,
+            micro_batch_size=share,
             forward_only=False,
         )
         loss = torch.zeros(1, device=device())
@@ -138,6 +150,9 @@ class Training:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.all_reduce(loss, group=group)
+        if self.split_batch:
+            torch.distributed.all_reduce(loss, group=data_parallel)
+            loss /= data_parallel.size()
         return float(loss)
 
     def step(self, step: int) -> float:
