@@ -28,6 +28,21 @@ def test_outputs_and_gradients_are_those_of_the_whole_sequence(launched, cp: int
         assert max(gradients) < 1e-12, f"{name}: {gradients}"
 
 
+def check_twice(answer: dict[str, list[float]]) -> None:
+    assert answer == {layout: [0.0] * 5 for layout in LAYOUTS}
+
+
+def test_two_runs_give_the_same_bits(launched) -> None:
+    check_twice(launched["context_parallel_twice"])
+
+
+@pytest.mark.gpu
+def test_two_runs_on_gpus_give_the_same_bits(launch_on_gpus) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    check_twice(launch_on_gpus(2, LAUNCHED, "^context_parallel_twice$")["context_parallel_twice"])
+
+
 def test_received_bytes_do_not_depend_on_the_length(launched) -> None:
     answer = launched["context_parallel_traffic"]
     assert answer["128"] == answer["256"] == answer["512"] > 0
