@@ -18,22 +18,52 @@
 #
 # SIGUSR1 or SIGTERM to this script: a checkpoint after the step under way, then a clean exit with code 0; while the
 # processes are starting, the exit alone.
+#
+# Exit code 2, from here or from a process, is the user's to fix: one line says what, and nothing is started again.
 set -euo pipefail
 stopping=false
 trap 'stopping=true' USR1 TERM
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# whole NAME VALUE LEAST MOST MEANING: the variable must be a whole number within these bounds.
+whole() {
+    if ! [[ "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
+        fail "$1=$2: must be a whole number from $3 to $4, $5"
+    fi
+}
+
 case "${1:-}" in
 "" | -h | --help)
-    sed -n '3,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 2
+    sed -n '3,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [ -n "${1:-}" ] || exit 2
+    exit 0
     ;;
+-*) fail "$1: the first argument is the program to start, its flags come after it" ;;
 esac
+[ -f "$1" ] || fail "$1: no such program; give a Python file by its path from $PWD or from /"
 
 nodes="${NNODES:-1}"
 rank="${NODE_RANK:-0}"
+port="${MASTER_PORT:-29500}"
+restarts="${MAX_RESTARTS:-3}"
+if ! [[ "$nodes" =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]] || ((${nodes%:*} > ${nodes#*:})); then
+    fail "NNODES=$nodes: must be the number of nodes, or MIN:MAX, such as 4 or 2:4"
+fi
+whole NODE_RANK "$rank" 0 100000 "0 on the node of MASTER_ADDR"
+whole MASTER_PORT "$port" 1 65535 "a free port of the node with NODE_RANK=0"
+whole MAX_RESTARTS "$restarts" 0 100000 "how often all processes are started again after one has failed"
+if [ -n "${NPROC_PER_NODE:-}" ]; then whole NPROC_PER_NODE "$NPROC_PER_NODE" 1 100000 "the processes of this node"; fi
+if [ "$nodes" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    fail "NNODES=$nodes without MASTER_ADDR: give the address of the node with NODE_RANK=0"
+fi
 count='import torch; print(torch.cuda.device_count() or 1)'
-processes="${NPROC_PER_NODE:-$(trap '' USR1 TERM && python -W ignore -c "$count")}"
+processes="${NPROC_PER_NODE:-$(trap '' USR1 TERM && python -W ignore -c "$count" 2>/dev/null)}" ||
+    fail "python cannot import torch; activate the virtual environment that has it"
 
 # A failing link is named by NCCL's warnings and by nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
@@ -47,7 +77,7 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 cores=$(($(nproc) / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
 
-arguments=(--nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}")
+arguments=(--nproc-per-node="$processes" --max-restarts="$restarts")
 if [ "$nodes" = 1 ]; then
     arguments+=(--standalone)
 else
@@ -58,7 +88,7 @@ else
     [ "$rank" = 0 ] && is_host=1 || is_host=0
     arguments+=(
         --nnodes="$nodes" --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-sparsek}"
-        --rdzv-endpoint="${MASTER_ADDR:?give MASTER_ADDR, the address of the node with NODE_RANK=0}:${MASTER_PORT:-29500}"
+        --rdzv-endpoint="$MASTER_ADDR:$port"
         # A node that died is noticed after three missed keep-alives, and its replacement has ten minutes to join.
         --rdzv-conf="is_host=$is_host,join_timeout=600,keep_alive_interval=5,keep_alive_max_attempt=3"
     )
@@ -68,7 +98,7 @@ if [ -n "${NODE_ADDR:-}" ]; then arguments+=(--local-addr="$NODE_ADDR"); fi
 # torchrun itself must outlive the signals that end a run: it would give its processes half a minute and kill them.
 (
     trap '' USR1 TERM
-    exec python -m torch.distributed.run --signals-to-handle=SIGINT,SIGHUP,SIGQUIT "${arguments[@]}" "$@"
+    exec python launch/agent.py --signals-to-handle=SIGINT,SIGHUP,SIGQUIT "${arguments[@]}" "$@"
 ) &
 agent=$!
 trap 'kill -INT "$agent" 2>/dev/null' INT
