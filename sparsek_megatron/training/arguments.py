@@ -119,7 +119,7 @@ class TrainingConfig:
     # Validation, logging, checkpoints
     eval_interval: int = _setting(100, "steps between validations")
     eval_iters: int = _setting(10, "global batches of one validation, the same ones each time")
-    log_interval: int = _setting(10, "steps between lines where there is no terminal for a progress bar")
+    log_interval: int = _setting(10, "steps between log lines, and between looks at the selection")
     peak_tflops: float | None = _setting(
         None, "bfloat16 peak of one GPU for MFU; default from its name, where known", kind=float
     )

@@ -19,27 +19,34 @@ from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.health import SelectionHealth
 
 METRICS = "metrics.jsonl"
+HEALTH = "health"
 CURVE = "loss_curve.png"
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl`, a torn last line (the run was killed while writing it) left out."""
+def read_metrics(folder: str | Path, *, health: bool = False) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl`, a torn last line (the run was killed while writing it) left out.
+
+    They hold what a run that is repeated repeats to the last bit; with `health` also what depends on the machine.
+    """
     path = Path(folder) / METRICS
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            records.append(record if health else {name: each for name, each in record.items() if name != HEALTH})
     return records
 
 
 class Report:
     """The reporting of one run; made on the first rank only.
 
-    A record of `metrics.jsonl` is `{"step", "loss", "lr", "grad_norm"}`, or `{"step", "valid_loss"}`; `step` counts
-    optimizer steps taken, skipped ones too, whose numbers that are not finite are null. Losses are in nats per token.
+    A record of `metrics.jsonl` is `{"step", "loss", "lr", "grad_norm", "health"}`, or `{"step", "valid_loss"}`; `step`
+    counts optimizer steps taken, skipped ones too, whose numbers that are not finite are null. Losses are in nats per
+    token. "health" is `{"tokens_per_second", "mfu", "memory_gib"}` and, where the selection was looked at, what
+    `SelectionHealth` says of it. TensorBoard has the same numbers of every step.
 
     tokens_per_step: of all ranks. flops_per_token: see `flops`. peak_flops: of all GPUs per second, None where unknown:
     there is no MFU then.
@@ -63,7 +70,7 @@ class Report:
         self._peak_tokens = peak_flops / flops_per_token if peak_flops else None  # per second, at MFU 1
         folder = Path(config.save)
         # A killed run may have logged steps past its last checkpoint: they will be taken again.
-        kept = [record for record in read_metrics(folder) if record["step"] <= start]
+        kept = [record for record in read_metrics(folder, health=True) if record["step"] <= start]
         self._path = folder / METRICS
         partial = temporary_sibling(self._path)
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -87,33 +94,33 @@ class Report:
         speed = self._tokens_per_step / (now - self._last)
         self._last = now
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
-        self._write({"step": step, "loss": _finite(loss), "lr": lr, "grad_norm": _finite(grad_norm)})
-        scalars = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        health = {"tokens_per_second": speed, "memory_gib": _peak_memory_gib()}
         if self._peak_tokens:
-            scalars["mfu"] = speed / self._peak_tokens
-        scalars["memory_gib"] = _peak_memory_gib()
-        for name, value in scalars.items():
+            health["mfu"] = speed / self._peak_tokens
+        looked = {k: v for k, v in dataclasses.asdict(selection).items() if v is not None} if selection else {}
+        trained = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        finite = {name: _finite(value) for name, value in trained.items()}
+        self._write({"step": step, **finite, HEALTH: health | looked})
+        for name, value in (trained | health).items():
             self._board.add_scalar(f"train/{name}", value, step)
-        for name, value in dataclasses.asdict(selection).items() if selection else ():
-            if value is not None:
-                self._board.add_scalar(f"selection/{name}", value, step)
+        for name, value in looked.items():
+            self._board.add_scalar(f"selection/{name}", value, step)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {self._speed:,.0f} tokens/s{self._valid}", refresh=False)
         self._bar.update(1)
-        if not self._live and (step % self._config.log_interval == 0 or step == self._config.train_iters):
+        if step % self._config.log_interval == 0 or step == self._config.train_iters:
             left = (self._config.train_iters - step) * (now - self._begun) / (step - self._start)
             mfu = f"  MFU {self._speed / self._peak_tokens:.1%}" if self._peak_tokens else ""
-            print(
+            self.line(
                 f"step {step}/{self._config.train_iters}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
-                f"{self._speed:,.0f} tokens/s{mfu}  {scalars['memory_gib']:.2f} GiB  {_in_words(selection)}"
-                f"ETA {int(left) // 60}:{int(left) % 60:02d}",
-                flush=True,
+                f"{self._speed:,.0f} tokens/s{mfu}  {health['memory_gib']:.2f} GiB  {_in_words(selection)}"
+                f"ETA {int(left) // 60}:{int(left) % 60:02d}"
             )
 
     def checkpoint(self, *, step: int, waited: float) -> None:
         """A checkpoint of `step` has begun; training waited so many seconds, which tokens/s leaves out."""
         self._board.add_scalar("checkpoint/seconds_waited", waited, step)
         self.line(f"step {step}: checkpoint begun, training waited {waited:.3f} s")
-        self._last = time.perf_counter()
+        self.restart_clock()
 
     def validation(self, *, step: int, loss: float) -> None:
         """After a validation at `step`."""
@@ -125,6 +132,10 @@ class Report:
             f"step {step}: validation loss {loss:.4f} nats, unigram entropy {self._entropy:.4f} "
             f"({abs(self._entropy - loss):.4f} {'below' if loss < self._entropy else 'above'} it)"
         )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step out of tokens/s."""
         self._last = time.perf_counter()
 
     def line(self, text: str) -> None:
