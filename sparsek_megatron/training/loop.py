@@ -25,6 +25,8 @@ from sparsek_megatron.training.schedule import learning_rate
 from sparsek_megatron.training.stopping import StopRequest
 from sparsek_megatron.training.watchdog import Watchdog
 
+ADVICE = "lower --lr, lengthen --lr-warmup-iters, or look at the data of these steps"
+
 
 class Trainer:
     """One run: `train` takes steps from `start` to `train_iters`.
@@ -57,6 +59,9 @@ class Trainer:
         self._micro_batches = self.global_batch // (config.micro_batch_size * self._data_parallel)
         self._selection = SelectionWatch(config, engine.module)
         self._skipped = 0  # steps in a row
+        self._bad_ranks: list[int] = []  # whose loss was not finite in the last one
+        self._saved = 0  # the step that the run would resume from; 0 is the start
+        self._is_due = False  # a checkpoint that a skipped step has put off
 
     def _batches(self, dataset: Dataset[Any], first_step: int, last_step: int) -> Iterator[dict[str, Any]]:
         sampler = StepSampler(
@@ -107,6 +112,7 @@ class Trainer:
             if self.report:
                 self.report.line(f"stopped by {signal} before step {start + 1}; the same command goes on there")
             return start
+        self._saved = start
         data = self._batches(self._train_set, start, config.train_iters)
         if start == 0:
             self._validate(0)
@@ -128,16 +134,27 @@ class Trainer:
             if (step % config.eval_interval == 0 or last) and not signal:
                 watchdog.beat(f"the validation at step {step}")
                 self._validate(step)
-            if step % config.save_interval == 0 or last or leaving:
+            if self._is_due or step % config.save_interval == 0 or last or leaving:
                 watchdog.beat(f"the checkpoint of step {step}")
-                self._save(step, skipped=skipped)
+                self._save(step, skipped=skipped, ends=last or leaving)
             elif step == start + 1:
                 watchdog.beat("the memory for checkpoints")
                 self.checkpoints.reserve()
+                if self.report:
+                    self.report.restart_clock()
             if leaving and not last:
                 if signal and self.report:
-                    self.report.line(f"stopped by {signal} after step {step}; with --load, the same command resumes")
+                    where = f"from step {self._saved}" if self._saved else "from the start"
+                    self.report.line(
+                        f"stopped by {signal} after step {step}; with --load, the same command resumes {where}"
+                    )
                 return step
+        if start < config.train_iters != self._saved:
+            self.checkpoints.finish()
+            raise UserError(
+                f"step {config.train_iters}: the last step was skipped and its weights may be the cause: they are not "
+                f"saved. Resume from {config.save} (step {self._saved}) after you {ADVICE}"
+            )
         return config.train_iters
 
     def _one_step(self, data: Iterator[dict[str, Any]], *, look: bool) -> tuple[float, float, float]:
@@ -169,7 +186,7 @@ class Trainer:
         self._skipped += 1
         bad: list[Any] = [None] * self.machine.world_size
         dist.all_gather_object(bad, not math.isfinite(local_loss))
-        ranks = [rank for rank, is_bad in enumerate(bad) if is_bad]
+        self._bad_ranks = ranks = [rank for rank, is_bad in enumerate(bad) if is_bad]
         where = f"the loss of rank {', '.join(map(str, ranks))} is not finite" if ranks else "every loss is finite"
         limit = self.config.max_skipped_steps
         if self.report:
@@ -180,36 +197,61 @@ class Trainer:
             return
         self.checkpoints.finish()
         good = latest_step(self.config.save)
-        advice = "lower --lr, lengthen --lr-warmup-iters, or look at the data of these steps"
         resume = f"resume from {self.config.save} (step {good}) after you" if good is not None else "no checkpoint yet;"
         raise UserError(
             f"step {step}: the loss is {loss} and the gradient is not finite in {self._skipped} steps in a row "
-            f"(--max-skipped-steps {limit}); training stopped. {resume} {advice}"
+            f"(--max-skipped-steps {limit}); training stopped. {resume} {ADVICE}"
         )
 
-    @torch.no_grad()
     def _validate(self, step: int) -> None:
+        loss = self._validation_loss(self.config.eval_iters)
+        if self.report and loss is not None:
+            self.report.validation(step=step, loss=loss)
+
+    @torch.no_grad()
+    def _validation_loss(self, steps: int) -> float | None:
+        """Mean over the first `steps` global batches of the validation data, None without such data."""
         if self._valid_set is None:
-            return
+            return None
         self.engine.eval()
         total = torch.zeros((), device=self.machine.device)
         count = 0
-        for batch in self._batches(self._valid_set, 0, self.config.eval_iters):
+        for batch in self._batches(self._valid_set, 0, steps):
             total += self._loss(batch)
             count += 1
-        loss = self._mean_over_ranks(total / count)
         self.engine.train()
-        if self.report:
-            self.report.validation(step=step, loss=loss)
+        return self._mean_over_ranks(total / count)
 
-    def _save(self, step: int, *, skipped: bool) -> None:
-        if skipped:  # what led here may be in the weights already
-            if self.report:
-                self.report.line(f"step {step}: no checkpoint after a skipped step")
+    def _save(self, step: int, *, skipped: bool, ends: bool) -> None:
+        """Begin the checkpoint of `step`, unless it was skipped: what led there may be in the weights already.
+
+        The next step that is not skipped takes it then. Where the run `ends`, the weights are saved after all if they
+        are not the cause.
+        """
+        is_told, self._is_due = self._is_due, skipped and not ends
+        suspicion = self._suspicion() if skipped and ends else "the next good step takes it"
+        if skipped and suspicion:
+            newest = f"; the newest is of step {self._saved}" if ends and self._saved else ""
+            if self.report and (ends or not is_told):
+                self.report.line(f"step {step}: no checkpoint after a skipped step: {suspicion}{newest}")
             return
         waited = self.checkpoints.save(step)
+        self._saved = step
         if self.report:
             self.report.checkpoint(step=step, waited=waited)
+
+    def _suspicion(self) -> str | None:
+        """Why the weights may be the cause of a skipped step, None where its own data were.
+
+        Those give a loss that is not finite, and the same weights a finite one on other data. Weights that have become
+        huge give a finite loss behind the last norm, and infinite gradients.
+        """
+        if not self._bad_ranks:
+            return "every loss was finite, the weights may be the cause"
+        loss = self._validation_loss(1)
+        if loss is None:
+            return "there is no validation data to tell whether the weights are the cause"
+        return None if math.isfinite(loss) else f"the validation loss is {loss} too, the weights may be the cause"
 
     def _tell_news(self) -> None:
         for line in self.checkpoints.news():

@@ -5,7 +5,9 @@
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -25,7 +28,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from sparsek_megatron.data.datasets import build_datasets
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.errors import write_whole_lines
+from sparsek_megatron.errors import UserError, write_whole_lines
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import TrainingConfig, parse
 from sparsek_megatron.training.checkpoint import Checkpoints, load
@@ -50,32 +53,66 @@ CHANGED = [
 
 
 class Recorder:
-    """A report that keeps the numbers."""
+    """A report that keeps the numbers and the lines and, of an engine given to it, a digest of its state each step."""
 
     def __init__(self):
         self.records = []
+        self.lines = []
+        self.digests = []
+        self.engine = None
 
     def step(self, **record):
         self.records.append([record["loss"], record["grad_norm"]])
+        if self.engine:
+            self.digests.append(state_digest(self.engine))
 
     def validation(self, **record):
         self.records.append([record["loss"], 0.0])
 
     def line(self, text):
-        pass
+        self.lines.append(text)
 
     def checkpoint(self, **record):
         pass
 
+    def restart_clock(self):
+        pass
+
+
+def state_digest(engine: Any) -> str:
+    """SHA-256 of this rank's weights and optimizer state."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    tensors = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_nan(trainer: Trainer, rank: int | str, first: int, last: int) -> None:
+    """Let the training loss of `rank` be NaN in optimizer steps `first` to `last`; "weights": those of every rank."""
+    loss = trainer._loss
+
+    def faulty(batch: dict[str, Any]) -> torch.Tensor:
+        is_bad = trainer.engine.training and first <= trainer.engine.global_steps + 1 <= last
+        if is_bad and rank == "weights":
+            next(trainer.engine.module.parameters()).data.fill_(math.nan)
+        return loss(batch) * (math.nan if is_bad and trainer.machine.rank == rank else 1.0)
+
+    trainer._loss = faulty
+
 
 def trajectory(
-    argv: list[str], *, resume_at: int | None = None, start_at: int = 0, dump: str | None = None
+    argv: list[str], *, resume_at: int | None = None, start_at: int = 0, dump: str | None = None,
+    nan_at: list[Any] | None = None,
 ) -> dict[str, Any]:
     """Losses and gradient norms of a run, and whether the weights that tensor-parallel ranks share are bitwise equal.
 
     With `resume_at`, the engine is rebuilt from that checkpoint midway; `start_at` is a checkpoint of --load that the
     run starts from; `dump` is a file for the state that it starts from. After either, "hyperparameters" are those of
-    the optimizer's groups once the checkpoint is loaded by a run with the flags `CHANGED`.
+    the optimizer's groups once the checkpoint is loaded by a run with the flags `CHANGED`. `nan_at` is (rank, first
+    step, last step) of `make_nan`, until a run is resumed; "error" is what the run says then, should it fail.
     """
     config, _ = parse(argv)
     machine = parallel.initialize(config)
@@ -105,7 +142,16 @@ def trajectory(
     if dump:
         save_state(first.engine, machine, dump)
     reserved = remember_reserved(first.checkpoints)
-    first.train(start_at, StopRequest())
+    if nan_at:
+        make_nan(first, *nan_at)
+        recorder.engine = first.engine
+    error = None
+    try:
+        first.train(start_at, StopRequest())
+    except UserError as err:
+        assert nan_at
+        error = str(err)
+    recorder.engine = None
     shared = shared_weights_are_equal(first.engine.module)
     buffers = first.checkpoints._snapshots._buffers.items()
     used = {key: buffer for key, buffer in buffers if key[0] != "rng" and buffer.dim()}  # numbers change their type
@@ -123,6 +169,7 @@ def trajectory(
     parallel.shutdown()
     return {
         "records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups,
+        "lines": recorder.lines, "digests": recorder.digests, "error": error,
         "buffers": len(used), "reserved": sum(reserved.get(key) is buffer for key, buffer in used.items()),
     }  # fmt: skip
 
@@ -161,12 +208,12 @@ def save_state(engine: Any, machine: parallel.Machine, path: str) -> None:
 def shared_weights_are_equal(model: torch.nn.Module) -> bool:
     """Whether parameters that are not sharded (norms, scorers) have the same bits on every tensor-parallel rank."""
     group = parallel_state.get_tensor_model_parallel_group()
-    mine = {
-        n: p.tolist() for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)
-    }
+    own = {n: p for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)}
+    with GatheredParameters([p for p in own.values() if hasattr(p, "ds_id")]):  # what ZeRO-3 has cut up
+        mine = {n: p.tolist() for n, p in own.items()}
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, mine, group=group)
-    return len(mine) > 0 and all(each == mine for each in every)
+    return all(mine.values()) and len(mine) > 0 and all(each == mine for each in every)
 
 
 def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
