@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a training step, with attention counted at its real, sparse cost; MFU from them."""
 
+import re
+
 import torch
 
 from sparsek_megatron.training.arguments import TrainingConfig
 
-# Dense bfloat16 matmul peaks in TFLOP/s, from NVIDIA's data sheets; the first name contained in the device's counts.
+# Dense bfloat16 matmul peaks in TFLOP/s, from NVIDIA's data sheets; the first name whose words the device's has counts.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200 NVL": 835.5, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0,
-    "A100": 312.0,
+    "GH200": 989.0, "A100": 312.0,
 }  # fmt: skip
 
 
@@ -37,4 +39,4 @@ def flops_per_token(config: TrainingConfig, padded_vocab_size: int) -> float:
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bfloat16 peak of a GPU by its name; None where it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

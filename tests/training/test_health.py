@@ -33,7 +33,8 @@ def test_operations_of_a_dense_model_are_six_per_weight_and_token():
 def test_peaks_are_known_by_name():
     assert peak_tflops("NVIDIA H200") == 989.0 and peak_tflops("NVIDIA H100 PCIe") == 756.0
     assert peak_tflops("NVIDIA H200 NVL") == 835.5 and peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
-    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0 and peak_tflops("Some GPU") is None
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0 and peak_tflops("NVIDIA GH200 480GB") == 989.0
+    assert peak_tflops("NVIDIA RTX A1000") is None and peak_tflops("Some GPU") is None
 
 
 @pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
