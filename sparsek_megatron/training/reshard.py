@@ -44,12 +44,15 @@ def cut_shard(whole: torch.Tensor, dim: int | None, stride: int, *, rank: int, s
 
 
 class SavedState:
-    """The optimizer state of a checkpoint, parameter by parameter."""
+    """The optimizer state of a checkpoint, parameter by parameter; `RuntimeError` where a rank's file is missing."""
 
     def __init__(self, folder: Path, load_file: Callable[..., Any]):
         names = {(int(m[2]), int(m[1])): p for p in folder.iterdir() if (m := _OPTIMIZER_FILE.fullmatch(p.name))}
-        self.tensor_parallel = 1 + max(tensor for tensor, _ in names)
-        data_parallel = 1 + max(data for _, data in names)
+        self.tensor_parallel = 1 + max((tensor for tensor, _ in names), default=0)
+        data_parallel = 1 + max((data for _, data in names), default=0)
+        files = self.tensor_parallel * data_parallel
+        if len(names) != files:
+            raise RuntimeError(f"it has {len(names)} of {files} files of optimizer state")
 
         @functools.cache
         def partitions(tensor: int) -> list[Any]:

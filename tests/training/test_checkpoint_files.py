@@ -15,7 +15,7 @@ from sparsek_megatron.training import writer as writer_module
 from sparsek_megatron.training.checkpoint import safe_load
 from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.parallel import Machine
-from sparsek_megatron.training.reshard import cut_shard, merge_shards
+from sparsek_megatron.training.reshard import SavedState, cut_shard, merge_shards
 from sparsek_megatron.training.run_folder import candidates, latest_step, newest_complete
 from sparsek_megatron.training.snapshot import Snapshotter
 from sparsek_megatron.training.writer import CheckpointWriter
@@ -203,6 +203,14 @@ def test_shards_move_between_tensor_parallel_sizes(dim, stride, before, after):
     assert sum(cut_shard(again, dim, stride, rank=r, size=after).numel() for r in range(after)) == (
         whole.numel() * (after if dim is None else 1)
     )
+
+
+@pytest.mark.parametrize(("ranks", "said"), [((), "0 of 1"), (((0, 0), (1, 1)), "2 of 4")])
+def test_optimizer_state_that_is_not_there_is_counted(tmp_path, ranks, said):
+    for data, tensor in ranks:
+        (tmp_path / f"zero_pp_rank_{data}_mp_rank_{tensor:02d}_optim_states.pt").touch()
+    with pytest.raises(RuntimeError, match=f"it has {said} files of optimizer state"):
+        SavedState(tmp_path, load_file=safe_load)
 
 
 def test_the_manifest_is_json_with_sizes_and_checksums(tmp_path):
