@@ -216,15 +216,22 @@ def test_checkpoints_are_not_replaced_by_accident(prepared, refused, tmp_path):
     assert "latest: names step_00000009, which is not there" in message
 
 
-def test_a_zero3_checkpoint_of_other_processes_is_refused(prepared, refused, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"world_size": 4}, "its --nproc-per-node (processes in all) is 4, this run's is 1"),
+        ({"world_size": 2, "tensor_model_parallel_size": 2}, "its --tensor-model-parallel-size is 2, this run's is 1"),
+    ],
+)  # fmt: skip
+def test_a_zero3_checkpoint_of_another_layout_is_refused(prepared, refused, tmp_path, changes, said):
     from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 
     save = tmp_path / "run"
     flags = [*prepared.flags(save), "--load", str(save), "--zero-stage", "3"]
     sha256 = SentencePieceTokenizer.load(prepared.tokenizer).sha256
-    checkpoint_of(parse(flags)[0], save, sha256, world_size=4)
+    checkpoint_of(parse(flags)[0], save, sha256, **changes)
     message = refused(pretrain, flags, "")
-    assert "its --nproc-per-node (processes in all) is 4, this run's is 1" in message and "only ZeRO 1 and 2" in message
+    assert said in message and "only ZeRO 1 and 2" in message
 
 
 def test_bf16_with_tensor_parallelism_needs_zero(prepared):
