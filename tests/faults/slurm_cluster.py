@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+CPUS = 4  # that Slurm hands out, whatever the machine has
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 
 CONFIGURATION = """
@@ -35,13 +36,18 @@ SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
 KillWait=10
+MailProg=/bin/true
+SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
 class NotHere(Exception):
-    """Why there is no Slurm on this machine."""
+    """What this machine lacks for a Slurm: its programs, or root. Daemons that do not come up are an error."""
 
 
 def _path() -> str:
@@ -56,7 +62,14 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start it; yields the environment in which sbatch and its like find it. Raises `NotHere` with the reason."""
+    """Start it, with `CPUS` cores and two partitions: jobs in `high` preempt those in `low`, the default one.
+
+    Yields the environment in which sbatch and its like find it.
+
+    Raises:
+        NotHere: its programs are not installed, or need root.
+        RuntimeError: a daemon did not come up; with their logs.
+    """
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
         raise NotHere(f"{', '.join(missing)} not installed (Debian and Ubuntu: apt install slurm-wlm munge)")
@@ -68,7 +81,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     host = socket.gethostname().split(".")[0]
     configuration.write_text(
         CONFIGURATION.format(
-            host=host, folder=folder, cpus=os.cpu_count(), control_port=_free_port(), node_port=_free_port()
+            host=host, folder=folder, cpus=CPUS, control_port=_free_port(), node_port=_free_port()
         )
     )
     settings = {**os.environ, "PATH": _path(), "SLURM_CONF": str(configuration)}
@@ -80,15 +93,20 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
     try:
         if subprocess.run(["munge", "-n"], env=settings, capture_output=True).returncode != 0:
-            subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "-m", "755", "/run/munge"], check=True)
+            subprocess.run(
+                ["install", "-d", "-o", "munge", "-g", "munge", "-m", "755", "/run/munge"], check=True
+            )
             start("munged", "runuser", "-u", "munge", "--", "munged", "--foreground", "--force")
         start("slurmctld", "slurmctld", "-D", "-i", "-f", str(configuration))
         start("slurmd", "slurmd", "-D", "-f", str(configuration), "-N", host)
         deadline = time.monotonic() + 30
-        while b"idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], env=settings, capture_output=True).stdout:
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text()[-600:] for path in folder.glob("*.log"))
-                raise NotHere(f"its daemons did not come up here: {logs}")
+        while (
+            b"idle"
+            not in subprocess.run(["sinfo", "-h", "-o", "%T"], env=settings, capture_output=True).stdout
+        ):
+            if time.monotonic() > deadline or any(process.poll() is not None for process in running):
+                logs = "\n".join(path.read_text()[-600:] for path in sorted(folder.glob("*.[lo][ou][gt]")))
+                raise RuntimeError(f"Slurm's daemons did not come up here:\n{logs}")
             time.sleep(0.3)
         yield settings
     finally:
