@@ -151,9 +151,11 @@ class Trainer:
                 return step
         if start < config.train_iters != self._saved:
             self.checkpoints.finish()
+            folder = config.load if self._saved == start else config.save
+            resume = f"Resume from {folder} (step {self._saved})" if self._saved else "Start again"
             raise UserError(
                 f"step {config.train_iters}: the last step was skipped and its weights may be the cause: they are not "
-                f"saved. Resume from {config.save} (step {self._saved}) after you {ADVICE}"
+                f"saved. {resume} after you {ADVICE}"
             )
         return config.train_iters
 
