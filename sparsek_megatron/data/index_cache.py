@@ -3,7 +3,8 @@
 
 mcore names an index by the path of its data, not by the data, and writes it in place: it would read the index of other
 data prepared under the same prefix, and the half of one whose writing was interrupted. It also lets NumPy unpickle
-what lies there in the place of an array, and so run its code: such a folder is made anew, and nothing is unpickled.
+what lies there in the place of an array, before 0.19 without restriction: a pickle's code would run. Here such a folder
+is made anew, and nothing is unpickled.
 """
 
 import contextlib
