@@ -35,6 +35,7 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
+SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=10
 MailProg=/bin/true
 SlurmdParameters=config_overrides

@@ -109,7 +109,7 @@ def run_job(
 
 def job_flags(prepared, save: Path) -> list[str]:
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1 --global-batch-size 4"
-    steps = "--train-iters 40 --save-interval 2 --eval-interval 20"
+    steps = "--train-iters 24 --save-interval 2 --eval-interval 12"
     return [*prepared.flags(save), "--load", str(save), *layout.split(), *steps.split()]
 
 
@@ -132,7 +132,7 @@ def test_a_node_that_is_killed_and_started_again_rejoins_and_the_run_goes_on_bit
 
 def test_a_full_disk_of_one_node_ends_the_launch_on_both_with_one_line_and_no_restart(straight, prepared, tmp_path):
     save = tmp_path / "full"
-    longest = max(file.stat().st_size for file in straight.glob("step_00000040/*"))
+    longest = max(file.stat().st_size for file in straight.glob("step_00000024/*"))
     said = run_job(job_flags(prepared, save), save, tmp_path, longest_file=longest // 2, code=2)
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "checkpoint of step 2 not written" in errors[0], said
