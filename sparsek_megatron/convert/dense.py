@@ -4,6 +4,8 @@
 A SparseK model is its dense model plus the scorers: every other parameter has the same name, shape and
 sharding. So a dense checkpoint loads by leaving the scorers at their initial values, and a SparseK model
 exports by leaving them out.
+
+Megatron's distributed checkpoints keep their metadata as a pickle, which torch reads as one: load those that you trust.
 """
 
 from __future__ import annotations
