@@ -35,6 +35,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from scaling_benchmark.flags import Case, build_parser, cases  # noqa: E402
 from scaling_benchmark.layers import build  # noqa: E402
 from scaling_benchmark.rows import COLUMNS, append_row, described, plot, read_rows  # noqa: E402
+from training_benchmark.trace import covered  # noqa: E402
 
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic  # noqa: E402
 from sparsek_megatron.errors import EXIT_USAGE, UserError, report_user_errors  # noqa: E402
@@ -103,21 +104,12 @@ def communication(step: Callable[[], None], device: torch.device) -> tuple[float
     for event in profile.events() or []:
         if event.device_type.name == "CUDA":
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    exposed = _covered(spans[True] + spans[False]) - _covered(spans[False])
+    exposed = covered(spans[True] + spans[False]) - covered(spans[False])
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, [end - start for start, end in sorted(spans[True])])
     if len({len(lengths) for lengths in every}) > 1:
         return exposed / 1e3, None
     return exposed / 1e3, sum(min(lengths) for lengths in zip(*every, strict=True)) / 1e3
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, float("-inf")
-    for a, b in sorted(spans):
-        total += max(0.0, b - max(a, end))
-        end = max(end, b)
-    return total
 
 
 def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def split_trace(events: list[dict[str, Any]]) -> Split:
             if _WAITS.match(name):
                 result.waits[_phase(phases, event["ts"])] += 1
             result.allocations += bool(_ALLOCATIONS.match(name))
-    result.busy_ms, result.attention_ms = _union(spans) / 1e3, _union(attention) / 1e3
+    result.busy_ms, result.attention_ms = covered(spans) / 1e3, covered(attention) / 1e3
     if spans:
         result.step_ms = (max(e for _, e in spans) - min(s for s, _ in spans)) / 1e3
     return result
@@ -170,7 +170,7 @@ def _phase(phases: list[dict[str, Any]], when: float) -> str:
     return inside[-1]["name"].removeprefix("phase:") if inside else "between"
 
 
-def _union(spans: list[tuple[float, float]]) -> float:
+def covered(spans: list[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):

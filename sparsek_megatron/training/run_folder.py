@@ -48,6 +48,12 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoint folders of a run, ascending, whole or not."""
+    matches = [NAME.fullmatch(path.name) for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
+
+
 def candidates(folder: str | Path) -> tuple[list[int], str | None]:
     """(steps of the checkpoints to try, newest first; what is wrong with `latest`, in words, if anything).
 
@@ -56,8 +62,7 @@ def candidates(folder: str | Path) -> tuple[list[int], str | None]:
     """
     root = Path(folder)
     pointer = root / LATEST
-    matches = [NAME.fullmatch(path.name) for path in root.glob("step_*") if path.is_dir()]
-    steps = sorted((int(match[1]) for match in matches if match), reverse=True)
+    steps = saved_steps(root)[::-1]
     if not pointer.is_file():
         return (steps, f"{pointer}: missing") if steps else ([], None)
     try:

@@ -30,7 +30,7 @@ from sparsek_megatron.files import atomic_write, fsync_path, publish
 from sparsek_megatron.training import write_file
 from sparsek_megatron.training.manifest import FileRecord, record_of, write_manifest
 from sparsek_megatron.training.parallel import Machine
-from sparsek_megatron.training.run_folder import ASIDE, LATEST, NAME, checkpoint_name, newest_complete
+from sparsek_megatron.training.run_folder import ASIDE, LATEST, checkpoint_name, newest_complete, saved_steps
 
 PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -175,8 +175,7 @@ class CheckpointWriter:
         """Rename the checkpoints of later steps: this run has not come by them, so they must not be tried in the place
         of its own, should `latest` be lost.
         """
-        later = sorted(p for p in self._root.iterdir() if (m := NAME.fullmatch(p.name)) and int(m[1]) > step)
-        for path in later:
+        for path in (self._root / checkpoint_name(later) for later in saved_steps(self._root) if later > step):
             aside = path.with_name(ASIDE + path.name)
             if aside.exists():
                 os.replace(aside, path.with_name(_REPLACED + path.name))
@@ -188,9 +187,9 @@ class CheckpointWriter:
         for replaced in self._root.glob(_REPLACED + "*"):
             shutil.rmtree(replaced, ignore_errors=True)
         if self._keep:
-            earlier = sorted(p for p in self._root.iterdir() if (m := NAME.fullmatch(p.name)) and int(m[1]) < step)
+            earlier = [each for each in saved_steps(self._root) if each < step]
             for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(self._root / checkpoint_name(old), ignore_errors=True)
 
 
 def _write(path: Path, state: Any, *, read_back: bool) -> FileRecord:
