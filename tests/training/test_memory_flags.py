@@ -2,20 +2,13 @@
 """The trainer's memory flags: refused where they cannot work, switched on where they can."""
 
 import dataclasses
-import sys
 
 import pytest
-from programs import REPOSITORY
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training import model as module
-from sparsek_megatron.training.arguments import TrainingConfig, parse
-from sparsek_megatron.training.validate import check_parallelism, check_ranges, sparsek_config
-
-sys.path.insert(0, str(REPOSITORY / "examples"))
-from training_benchmark.shapes import SHAPES
-
-RECIPES = REPOSITORY / "examples" / "configs"
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.validate import check_ranges
 
 CONFIG = TrainingConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=64, train_iters=1, micro_batch_size=2
@@ -74,18 +67,3 @@ def test_block_recompute_reaches_the_model():
     settings = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
     megatron = module.transformer_config(dataclasses.replace(CONFIG, **settings), on_gpu=False)
     assert (megatron.recompute_method, megatron.recompute_num_layers) == ("block", 1)
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("gpt_*gpu.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_settings_that_can_run(path):
-    shape, _, gpus = path.stem.removeprefix("gpt_").split("_")
-    needed = ["--tokenizer-model", "t", "--data-path", "d", "--save", "s"]
-    config, _ = parse(["--config", str(path), *needed])
-    processes = int(gpus.removesuffix("gpu"))
-    assert config.tensor_model_parallel_size * config.context_parallel_size == processes
-    check_ranges(config)
-    check_parallelism(config, processes)
-    sparsek_config(config)
-    model = SHAPES[shape]
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
-        assert getattr(config, name) == getattr(model, name), name
