@@ -26,9 +26,12 @@ def turn(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _cosines(freqs: Tensor) -> tuple[Tensor, Tensor]:
+def _cosines(freqs: Tensor, captured: bool) -> tuple[Tensor, Tensor]:
     """(cosines, sines) of the last angles, by identity: megatron-core gives all layers of a forward the same tensor, so
     that backward keeps one table and not two of every layer.
+
+    captured: while a CUDA graph is captured. It makes a table of its own: an earlier one lives only until other angles
+    come, and replays would read what lies there then.
     """
     return freqs.cos(), freqs.sin()
 
@@ -46,7 +49,8 @@ def fused_rope(
     Cosines are not rounded to the dtype of t, as megatron-core's are. On CPU nothing is compiled.
     """
     function = _compiled() if t.is_cuda else turn
-    return function(t, *_cosines(freqs), interleaved)
+    captured = t.is_cuda and torch.cuda.is_current_stream_capturing()
+    return function(t, *_cosines(freqs, captured), interleaved)
 
 
 def use_fused_rope(config: TransformerConfig) -> None:

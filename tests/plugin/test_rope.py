@@ -107,3 +107,16 @@ def test_the_compiled_kernel_agrees_with_float64(tokens: int, dtype: torch.dtype
     projected = torch.randn(tokens, 2, 4, 160, device="cuda", dtype=dtype)
     freqs = angles(tokens, 128, interleaved=interleaved, first=1 << 20).cuda()
     compare(projected[..., :128], freqs, interleaved, max(1e-5, torch.finfo(dtype).eps))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_keeps_its_cosines_when_other_angles_come() -> None:
+    t, freqs = torch.randn(256, 2, 4, 128, device="cuda"), angles(256, 128).cuda()
+    want = rope.fused_rope(t, freqs)  # leaves its cosines for the next call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = rope.fused_rope(t, freqs)
+    rope.fused_rope(t, freqs + 1)
+    filling = [torch.full_like(freqs, float("nan")) for _ in range(64)]  # where the first cosines were
+    graph.replay()
+    assert len(filling) and torch.equal(out, want)
