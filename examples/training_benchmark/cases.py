@@ -64,6 +64,7 @@ def options(args: argparse.Namespace) -> Options:
         recompute=args.recompute_granularity, recompute_layers=args.recompute_num_layers,
         fusions=not args.no_fusions, apply_rope_fusion=args.apply_rope_fusion, chunked_loss=not args.whole_logits,
         cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
+        cuda_graph=args.cuda_graph,
     )  # fmt: skip
 
 
@@ -102,6 +103,7 @@ def check(args: argparse.Namespace, world_size: int, *, on_gpu: bool) -> None:
     """
     _check_names(args)
     _check_recompute(args)
+    _check_cuda_graph(args, on_gpu=on_gpu)
     _check_numbers(args, measures=args.steps > 0 or (on_gpu and not args.no_profile))
     cases = planned(args)
     if not cases:
@@ -169,6 +171,15 @@ def _check_recompute(args: argparse.Namespace) -> None:
         raise UserError(
             f"--recompute-num-layers {count}: has no effect {given}; add --recompute-granularity full or leave it out"
         )
+
+
+def _check_cuda_graph(args: argparse.Namespace, *, on_gpu: bool) -> None:
+    if args.cuda_graph and "deepspeed" in args.trainers:
+        raise UserError(
+            "--cuda-graph: --trainers deepspeed decides in hooks on the host, which a replay leaves out; use mcore"
+        )
+    if args.cuda_graph and not on_gpu:
+        raise UserError("--cuda-graph: needs a GPU; leave it out")
 
 
 def _in_these_flags(message: str, args: argparse.Namespace, case: Case) -> str:

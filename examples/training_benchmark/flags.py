@@ -52,6 +52,11 @@ def build_parser(description: str) -> FlagParser:
         "--whole-logits", action="store_true", help="Megatron's loss in place of the chunked one"
     )
 
+    parser.add_argument(
+        "--cuda-graph", action="store_true",
+        help="forward and backward as one CUDA graph, with the optimizer outside (--trainers mcore)",
+    )  # fmt: skip
+
     parser.add_argument("--data-path", help="IndexedDataset prefix; default: bytes of Python's source")
     parser.add_argument("--peak-tflops", type=float, help="peak of one GPU, where the device is not known")
     parser.add_argument("--warmup", type=int, default=2)

@@ -34,6 +34,7 @@ class Options:
     chunked_loss: bool = True
     cpu_offloading_num_layers: int = 0
     mlp_tile_tokens: int | None = None
+    cuda_graph: bool = False
 
     def __str__(self) -> str:
         which = "" if self.recompute_layers is None else f" of {self.recompute_layers} layers"
@@ -43,6 +44,7 @@ class Options:
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
         words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens is not None else []
+        words += ["CUDA graph"] if self.cuda_graph else []
         return ", ".join(words)
 
 

@@ -25,7 +25,7 @@ def plot(table: Path, path: Path, flag: str = "--plot") -> None:
     from matplotlib.figure import Figure
 
     measured = [row for row in read_csv(table, flag) if row["step_ms"] and not row["replaced"]]
-    split = sorted((row for row in measured if _whole(row)), key=_place)
+    split = sorted((row for row in measured if _whole(row) and row["other_ms"]), key=_place)
     height = max(5.0, 1.5 + 0.2 * len(split))
     figure = Figure(figsize=(15, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -12,7 +12,8 @@ from training_benchmark.trace import Split
 class Row:
     """One case. Times in milliseconds, memory in GiB on the rank that held most; None is "not measured".
 
-    `step_ms` is of steps without a profiler; `split` is of one more step under it, which may take longer.
+    `step_ms` is of steps without a profiler; `split` is of one more step under it, which may take longer. `peak_gib` is
+    what was allocated at most, and what a CUDA graph keeps besides.
     """
 
     shape: str
@@ -55,9 +56,10 @@ class Row:
 
         Attention takes the share of the step that it took of the profiled one.
         """
-        if self.split is None or self.step_ms is None or self.profiled_step_ms is None:
+        attention = None if self.split is None else self.split.attention_ms
+        if attention is None or self.step_ms is None or self.profiled_step_ms is None:
             return None
-        return self.step_ms * (1 - self.split.attention_ms / self.profiled_step_ms)
+        return self.step_ms * (1 - attention / self.profiled_step_ms)
 
     @property
     def share_of_bound(self) -> float | None:
@@ -112,13 +114,15 @@ def line(row: Row) -> str:
     if row.split is None or row.profiled_step_ms is None:
         return text
     split = row.split
-    shown = ", ".join(f"{name} {ms:.1f}" for name, ms in split.parts.items() if ms)
     waits = ", ".join(f"{count} in {place}" for place, count in split.waits.items()) or "none"
+    counts = f"{split.kernels} kernels, host waits: {waits}, {split.allocations} allocations"
+    text += f"\n    {row.profiled_step_ms:.1f} ms profiled: "
+    if not split.parts:
+        return f"{text}kernels {split.busy_ms:.1f}; no kernel running {split.idle_ms:.1f}; {counts}"
+    shown = ", ".join(f"{name} {ms:.1f}" for name, ms in split.parts.items() if ms)
     assert row.share_of_bound is not None
     choosing = 100 * (split.parts["scoring"] + split.parts["selection"]) / row.profiled_step_ms
     return (
-        f"{text}\n    {row.profiled_step_ms:.1f} ms profiled: {shown}; no kernel running {split.idle_ms:.1f}; "
-        f"{100 * row.share_of_bound:.1f} % of the bound, scoring and selection {choosing:.1f} % of the step; "
-        f"{split.kernels} kernels, host waits: {waits}, "
-        f"{split.allocations} allocations"
+        f"{text}{shown}; no kernel running {split.idle_ms:.1f}; "
+        f"{100 * row.share_of_bound:.1f} % of the bound, scoring and selection {choosing:.1f} % of the step; {counts}"
     )

@@ -14,6 +14,7 @@ import torch
 from training_benchmark import cases, ranks
 from training_benchmark.arms import attended_pairs
 from training_benchmark.cases import Case
+from training_benchmark.graph import prepare_captures
 from training_benchmark.model import build, device_batch, read_tokens
 from training_benchmark.plot import plot
 from training_benchmark.row import Row, compare_with_dense, line
@@ -104,7 +105,10 @@ class Benchmark:
     def start(self, case: Case) -> None:
         """The process groups of a case's layout; the title is printed with the first."""
         args = self.args
-        self.machine = parallel.initialize(cases.configuration(args, case, self.sparsek))
+        config = cases.configuration(args, case, self.sparsek)
+        self.machine = parallel.initialize(config)
+        if self.options.cuda_graph and self.machine.on_gpu:
+            prepare_captures(config.seed)
         self.origin = origin(self.device_name)
         self.first = self.machine.is_first
         if self.first and not self.title:
@@ -179,12 +183,14 @@ class Benchmark:
         )  # fmt: skip
 
     def measure(self, row: Row, case: Case, trainer: Any, model: Any) -> None:
-        """Fill a row: untimed steps, timed ones, and one under the profiler."""
+        """Fill a row: untimed steps, timed ones and one under the profiler, both replays with --cuda-graph."""
         args, machine = self.args, self.machine
         batch = device_batch(self.stream, row.tokens, machine.device)
         seconds, loss = timed_steps(trainer, batch, args.warmup)
         if self.first and seconds > 10:
             print(f"{row.tokens} tokens, {row.arm}: warming up took {seconds:.1f} s a step", flush=True)
+        if self.options.cuda_graph:
+            trainer.gradients.capture(*batch)
         if machine.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if args.steps:
@@ -193,7 +199,9 @@ class Benchmark:
             keep = None
             if args.trace and self.first:
                 keep = args.trace / f"{row.shape}_{row.tokens}_{row.arm}_{row.trainer}.json"
-            row.split = profile_step(lambda: trainer.step(*batch), model, keep)
+            row.split = profile_step(
+                lambda: trainer.step(*batch), model, keep, by_part=not self.options.cuda_graph
+            )
             seconds = seconds if args.steps else row.split.step_ms / 1e3
         sequences = machine.world_size // (row.tp * row.cp)
         flops = case.shape.step_flops(
@@ -206,8 +214,11 @@ class Benchmark:
         row.model_tflops = sequences * flops / seconds / machine.world_size / 1e12
         row.mfu = row.model_tflops / self.peak if self.peak else None
         if machine.on_gpu:
-            row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+            kept = trainer.gradients.pool_bytes if self.options.cuda_graph else 0
+            row.peak_gib = (torch.cuda.max_memory_allocated() + kept) / 2**30
         if args.waits and machine.on_gpu:
             places = places_of_waits(lambda: trainer.step(*batch))  # every rank takes the step
             for place, count in places.most_common() if self.first else ():
                 print(f"      wait x{count}: {place}", flush=True)
+        if self.options.cuda_graph:
+            trainer.gradients.release()

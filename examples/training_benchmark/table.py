@@ -72,7 +72,7 @@ def record(row: Row) -> dict[str, Any]:
         "profiled_step_ms": row.profiled_step_ms,
     }
     if row.split is not None:
-        values |= {f"{part}_ms": row.split.parts[part] for part in PARTS}
+        values |= {f"{part}_ms": ms for part, ms in row.split.parts.items()}
         values |= {"busy_ms": row.split.busy_ms, "host_waits": row.split.waits.total()}
         values |= {"allocations": row.split.allocations, "kernels": row.split.kernels}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}

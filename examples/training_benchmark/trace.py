@@ -2,7 +2,8 @@
 """One step under the profiler: its kernels' time by part, the time in which any ran, and the host's waits counted.
 
 A kernel counts where it was launched, not when it ran. Kernels of one part run one after another on a stream; copies
-and communication run beside others, so parts may add up to more than the busy time.
+and communication run beside others, so parts may add up to more than the busy time. A step replayed as a CUDA graph has
+no parts: one launch starts all of its kernels.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _ALLOCATIONS = re.compile(r"^cuda(Malloc|Free)(Async)?$|^cudaHostAlloc|^cuMem(Cr
 class Split:
     """One step, in milliseconds.
 
-    parts         kernels by part
-    attention_ms  in which a kernel ran that another attention would not need
+    parts         kernels by part; empty for a step that was not split
+    attention_ms  in which a kernel ran that another attention would not need; None for a step that was not split
     busy_ms       in which any kernel ran
     step_ms       from the first kernel's start to the last one's end
     waits         the host's waits for the GPU, by place
-    slowest       kernels by part, and where they were launched
+    slowest       kernels by part ("step" for a step that was not split), and where they were launched
     """
 
-    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    attention_ms: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    attention_ms: float | None = None
     busy_ms: float = 0.0
     step_ms: float = 0.0
     waits: Counter[str] = field(default_factory=Counter)
@@ -79,8 +80,10 @@ def ranges(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def profile_step(step: Callable[[], Any], model: torch.nn.Module, keep: Path | None = None) -> Split:
-    """Profile one call of `step`; `keep` is where to leave the trace."""
+def profile_step(
+    step: Callable[[], Any], model: torch.nn.Module, keep: Path | None = None, *, by_part: bool = True
+) -> Split:
+    """Profile one call of `step`; `keep` is where to leave the trace, `by_part` False for a step that is replayed."""
     with ranges(model), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         with record_function("step"):
             step()
@@ -88,7 +91,7 @@ def profile_step(step: Callable[[], Any], model: torch.nn.Module, keep: Path | N
     with tempfile.TemporaryDirectory() as folder:
         path = keep or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return split_trace(json.loads(path.read_text())["traceEvents"])
+        return split_trace(json.loads(path.read_text())["traceEvents"], by_part=by_part)
 
 
 def places_of_waits(step: Callable[[], Any]) -> Counter[str]:
@@ -108,22 +111,23 @@ def places_of_waits(step: Callable[[], Any]) -> Counter[str]:
     )
 
 
-def split_trace(events: list[dict[str, Any]]) -> Split:
+def split_trace(events: list[dict[str, Any]], *, by_part: bool = True) -> Split:
     """The split of one profiled step from its Chrome trace events (times in microseconds)."""
     complete = [e for e in events if e.get("ph") == "X"]
     step = next(e for e in complete if e["name"] == "step" and e.get("cat") == "user_annotation")
     began, ended = step["ts"], step["ts"] + step["dur"]
     phases = [e for e in complete if e.get("cat") == "user_annotation" and e["name"].startswith("phase:")]
     around = _operations_around_launches(complete)
-    result = Split()
+    result = Split(parts=dict.fromkeys(PARTS, 0.0) if by_part else {})
     spans: list[tuple[float, float]] = []
     attention: list[tuple[float, float]] = []
     for event in complete:
         category, name = event.get("cat", ""), event["name"]
         if category in ("kernel", "gpu_memcpy", "gpu_memset"):
             launched_in = around.get(event["args"].get("correlation"), ())
-            part = part_of_kernel(name, launched_in)
-            result.parts[part] += event["dur"] / 1e3
+            part = part_of_kernel(name, launched_in) if by_part else "step"
+            if by_part:
+                result.parts[part] += event["dur"] / 1e3
             where = " < ".join(each.removeprefix(_NODE) for each in launched_in[:4])
             result.slowest.setdefault(part, Counter())[f"{_plain(name)} [{where}]"] += event["dur"] / 1e3
             result.kernels += category == "kernel"
@@ -134,7 +138,7 @@ def split_trace(events: list[dict[str, Any]]) -> Split:
             if _WAITS.match(name):
                 result.waits[_phase(phases, event["ts"])] += 1
             result.allocations += bool(_ALLOCATIONS.match(name))
-    result.busy_ms, result.attention_ms = covered(spans) / 1e3, covered(attention) / 1e3
+    result.busy_ms, result.attention_ms = covered(spans) / 1e3, covered(attention) / 1e3 if by_part else None
     if spans:
         result.step_ms = (max(e for _, e in spans) - min(s for s, _ in spans)) / 1e3
     return result

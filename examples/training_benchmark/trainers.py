@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 from torch.profiler import record_function
+from training_benchmark.graph import Replay
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.gradient_clipping import use_foreach_clipping
@@ -47,7 +48,7 @@ class DeepSpeedTrainer:
 
 
 class MegatronTrainer:
-    """megatron-core's DDP and distributed optimizer, gradients summed in fp32."""
+    """megatron-core's DDP and distributed optimizer, gradients summed in fp32; `gradients` can be captured."""
 
     def __init__(self, config: TrainingConfig, model: Any, machine: Machine) -> None:
         if not machine.on_gpu:
@@ -74,18 +75,24 @@ class MegatronTrainer:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
         self.optimizer_name = "megatron-core distributed optimizer"
+        self.gradients = Replay(self._gradients)
 
     def step(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The loss, on the device: nothing here reads it."""
+        self.optimizer.zero_grad()
+        loss = self.gradients(tokens, labels)
+        with record_function("phase:optimizer"), record_function("part:optimizer"):
+            self.optimizer.step()
+        return loss
+
+    def _gradients(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Reduced gradients in the buffers of the wrapped model; the loss."""
         with record_function("phase:forward"):
             self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
             loss = token_losses(self.model, tokens, labels).float().mean()
         with record_function("phase:backward"):
             loss.backward()
             finalize_model_grads([self.model])
-        with record_function("phase:optimizer"), record_function("part:optimizer"):
-            self.optimizer.step()
         return loss.detach()
 
 

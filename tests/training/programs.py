@@ -62,9 +62,9 @@ def start(script: str, *arguments: str, **options) -> subprocess.Popen:
     return _start(str(REPOSITORY / "examples" / script), *arguments, **options)
 
 
-def start_program(path: str, *arguments: str) -> subprocess.Popen:
+def start_program(path: str, *arguments: str, **options) -> subprocess.Popen:
     """Start `python path`."""
-    return _start(path, *arguments)
+    return _start(path, *arguments, **options)
 
 
 def start_script(script: str, *arguments: str, **variables: str) -> subprocess.Popen:
