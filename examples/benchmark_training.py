@@ -35,7 +35,9 @@ def main() -> None:
             "torchrun has started this benchmark again after it ended: a second run would replace its rows; what ended "
             "it is above (torchrun --max-restarts 0, or MAX_RESTARTS=0 for launch/torchrun.sh, starts it once)"
         )
-    order_launches(args.tensor_model_parallel_size * args.context_parallel_size)
+    order_launches(
+        args.tensor_model_parallel_size * args.context_parallel_size, in_pieces=args.async_tensor_parallel
+    )
     from training_benchmark.runner import Benchmark
 
     Benchmark(args).run()

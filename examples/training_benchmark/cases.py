@@ -64,6 +64,7 @@ def options(args: argparse.Namespace) -> Options:
         recompute=args.recompute_granularity, recompute_layers=args.recompute_num_layers,
         fusions=not args.no_fusions, apply_rope_fusion=args.apply_rope_fusion, chunked_loss=not args.whole_logits,
         cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
+        async_tensor_parallel=args.async_tensor_parallel,
         cuda_graph=args.cuda_graph,
     )  # fmt: skip
 
@@ -104,6 +105,11 @@ def check(args: argparse.Namespace, world_size: int, *, on_gpu: bool) -> None:
     _check_names(args)
     _check_recompute(args)
     _check_cuda_graph(args, on_gpu=on_gpu)
+    if args.async_tensor_parallel and args.tensor_model_parallel_size == 1:
+        raise UserError(
+            "--async-tensor-parallel with --tensor-model-parallel-size 1: there is nothing to overlap; use a size "
+            "above 1, or leave it out"
+        )
     _check_numbers(args, measures=args.steps > 0 or (on_gpu and not args.no_profile))
     cases = planned(args)
     if not cases:

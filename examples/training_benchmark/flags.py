@@ -27,6 +27,10 @@ def build_parser(description: str) -> FlagParser:
         "--context-parallel-size", type=int, default=1,
         help="of the sparsek arm; the others have none: those ranks shard their heads and MLPs instead",
     )  # fmt: skip
+    parser.add_argument(
+        "--async-tensor-parallel", action="store_true",
+        help="tensor parallelism's collectives in pieces beside the matrix products",
+    )  # fmt: skip
 
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--topk", type=int, default=512)

@@ -15,6 +15,7 @@ from training_benchmark.arms import block_spec
 from training_benchmark.shapes import Shape
 
 from sparsek_megatron import SparseKConfig
+from sparsek_megatron.async_tensor_parallel import use_async_tensor_parallel
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.rope import use_fused_rope
@@ -34,6 +35,7 @@ class Options:
     chunked_loss: bool = True
     cpu_offloading_num_layers: int = 0
     mlp_tile_tokens: int | None = None
+    async_tensor_parallel: bool = False
     cuda_graph: bool = False
 
     def __str__(self) -> str:
@@ -44,6 +46,7 @@ class Options:
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
         words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens is not None else []
+        words += ["async TP"] if self.async_tensor_parallel else []
         words += ["CUDA graph"] if self.cuda_graph else []
         return ", ".join(words)
 
@@ -71,6 +74,7 @@ def training_config(
         sparsek_stride=sparsek.stride,
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
+        async_tensor_parallel=options.async_tensor_parallel and tp > 1,
         context_parallel_size=cp,
         recompute_granularity=options.recompute,
         recompute_method="uniform" if options.recompute_layers is None else "block",
@@ -113,6 +117,8 @@ def build(
         use_checkpoint_offload(model, num_layers=options.cpu_offloading_num_layers)
     if options.mlp_tile_tokens is not None:
         use_tiled_mlp(model, tile_tokens=options.mlp_tile_tokens)
+    if config.async_tensor_parallel:
+        use_async_tensor_parallel(model)
     return model.cuda() if machine.on_gpu else model
 
 

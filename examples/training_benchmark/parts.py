@@ -3,7 +3,8 @@
 
 It is the innermost operation around its launch that says so: a range recorded around a module's forward (again inside
 recomputation), or the name of an autograd node in backward. A collective is `exchange` where attention launched it
-(context parallelism's keys, halo and gradients), else `communication`.
+(context parallelism's keys, halo and gradients), else `communication`. So is what symmetric memory does beside a
+matrix product (async tensor parallelism): copies, barriers, sums.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PARTS = (
 ATTENTION = ("scoring", "selection", "attention", "exchange")  # what another attention would not need
 
 _COLLECTIVE = re.compile(r"nccl")
+_IN_PIECES, _PRODUCT = re.compile(r"symm_mem::fused"), re.compile(r"aten::mm\b")
 # Other kernels that say what they are, wherever they were launched.
 _KERNELS = (
     ("offload", r"^Memcpy (HtoD|DtoH)"),
@@ -37,7 +39,7 @@ _RANGES = (
         r"|StartFromEarlierChunksBackward|_AllToAllBackward",
     ),
     ("loss", r"^part:loss|CrossEntropy\w*Backward"),
-    ("linear", r"^part:linear|LinearWithGradAccumulation\w*Backward"),
+    ("linear", r"^part:linear|LinearWithGradAccumulation\w*Backward|Async(Column|Row)Backward"),
     ("norm", r"^part:norm|(Rms|Layer)_?Norm\w*Backward"),
     ("optimizer", r"^part:optimizer"),
 )
@@ -63,6 +65,8 @@ def part_of_kernel(name: str, around: tuple[str, ...]) -> str:
     """The part of a kernel from its name and the operations around its launch, innermost first."""
     if _COLLECTIVE.search(name):
         return "exchange" if _part_of_range(around) in ATTENTION else "communication"
+    if any(_IN_PIECES.search(operation) for operation in around):
+        return "linear" if any(_PRODUCT.search(operation) for operation in around) else "communication"
     for part, pattern in _KERNELS:
         if re.search(pattern, name):
             return part

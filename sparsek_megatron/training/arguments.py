@@ -58,6 +58,9 @@ class TrainingConfig:
     # Parallelism and precision
     tensor_model_parallel_size: int = _setting(1, "ranks that share each layer")
     sequence_parallel: bool = _setting(False, "shard activations along the sequence over the tensor-parallel ranks")
+    async_tensor_parallel: bool = _setting(
+        False, "gather and reduce in pieces beside the matrix products of --tensor-model-parallel-size (NVLink)"
+    )
     pipeline_model_parallel_size: int = _setting(1, "pipeline stages (1 only: DeepSpeed drives this trainer)")
     context_parallel_size: int = _setting(1, "ranks that share each sequence: rank r holds chunks r and 2 CP - 1 - r")
     cp_comm_type: str = _setting(

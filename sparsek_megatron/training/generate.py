@@ -216,5 +216,6 @@ def generation_config(settings: dict, size: int) -> TrainingConfig:
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
     return dataclasses.replace(
         config, tensor_model_parallel_size=size, make_vocab_size_divisible_by=multiple // size,
-        sequence_parallel=False, context_parallel_size=1, recompute_granularity=None, loss_chunk_tokens=0,
+        sequence_parallel=False, async_tensor_parallel=False, context_parallel_size=1,
+        recompute_granularity=None, loss_chunk_tokens=0,
     )  # fmt: skip

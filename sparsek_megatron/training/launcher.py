@@ -16,13 +16,14 @@ from sparsek_megatron.training.stopping import release_signals
 _START = "start through torchrun (launch/torchrun.sh) or with --nproc-per-node, which set it"
 
 
-def order_launches(ranks_of_a_layer: int) -> None:
+def order_launches(ranks_of_a_layer: int, *, in_pieces: bool = False) -> None:
     """Where several ranks share a layer, let the GPU start kernels in the order of their launch: a collective then
     begins before the matrix product that it overlaps, as Megatron expects of tensor and context parallelism.
 
+    in_pieces: async tensor parallelism, whose two streams must not wait for each other; nothing is set.
     The driver reads this when CUDA starts: call it before anything asks for a device.
     """
-    if ranks_of_a_layer > 1:
+    if ranks_of_a_layer > 1 and not in_pieces:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
+from sparsek_megatron.async_tensor_parallel import use_async_tensor_parallel
 from sparsek_megatron.context_parallel import shard_sequence
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
@@ -88,6 +89,11 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
     )
     save_memory(model, config, vocab_size)
+    if config.async_tensor_parallel:
+        try:
+            use_async_tensor_parallel(model)
+        except (ValueError, NotImplementedError) as err:
+            raise UserError(str(err)) from None
     return model.cuda() if on_gpu else model
 
 

@@ -58,7 +58,9 @@ def initialize(config: TrainingConfig) -> Machine:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    order_launches(config.tensor_model_parallel_size * config.context_parallel_size)
+    order_launches(
+        config.tensor_model_parallel_size * config.context_parallel_size, in_pieces=config.async_tensor_parallel
+    )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

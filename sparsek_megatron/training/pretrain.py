@@ -23,7 +23,9 @@ def pretrain(argv: Sequence[str], program: str) -> None:
         UserError: for each thing that the user can fix.
     """
     config, processes = parse(argv)
-    order_launches(config.tensor_model_parallel_size * config.context_parallel_size)
+    order_launches(
+        config.tensor_model_parallel_size * config.context_parallel_size, in_pieces=config.async_tensor_parallel
+    )
     start_here = processes is not None and not is_launched()
     world_size = processes_to_start(processes) if start_here else world_size_of_environment()
     check_run(config, world_size, on_gpu=torch.cuda.is_available())

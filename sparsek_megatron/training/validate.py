@@ -136,6 +136,11 @@ def check_parallelism(config: TrainingConfig, world_size: int) -> None:
                 f"--seq-length {config.seq_length}: not divisible by --tensor-model-parallel-size {tp} "
                 f"under --sequence-parallel; use a multiple of {tp}"
             )
+    elif config.async_tensor_parallel:
+        raise UserError(
+            "--async-tensor-parallel: overlaps what sequence parallelism sends; add --sequence-parallel and a "
+            f"--tensor-model-parallel-size above 1 (it is {tp}), or leave it out"
+        )
     data_parallel = config.data_parallel_size(world_size)
     step = config.micro_batch_size * data_parallel
     if config.global_batch_size is not None and config.global_batch_size % step:

@@ -22,6 +22,7 @@ from training_benchmark.shapes import SHAPES, causal_pairs, window_pairs
 from training_benchmark.table import COLUMNS, read_csv, write_csv
 from training_benchmark.trace import split_trace
 
+from sparsek_megatron.async_tensor_parallel import AsyncColumn, AsyncRow
 from sparsek_megatron.context_parallel.exchange import StartFromEarlierChunks
 from sparsek_megatron.context_parallel.ulysses import _AllToAll
 from sparsek_megatron.linear_score import _LinearScore
@@ -74,6 +75,9 @@ def test_step_flops_are_three_times_the_forward():
         ("Memcpy DtoH (Device -> Pinned)", (), "offload"),
         ("rms", ("aten::_fused_rms_norm", "part:norm"), "norm"),
         ("elementwise", ("aten::add", "phase:backward"), "other"),
+        ("gemm", ("aten::mm", "symm_mem::fused_all_gather_matmul", "part:linear"), "linear"),
+        ("Memcpy PtoP", ("aten::copy_", "symm_mem::fused_all_gather_matmul", "part:linear"), "communication"),
+        ("reduce", ("aten::sum", "symm_mem::fused_matmul_reduce_scatter", "part:linear"), "communication"),
     ],
 )
 def test_a_kernel_belongs_to_the_innermost_operation_that_says_what_it_is(kernel, around, part):
@@ -87,6 +91,8 @@ def test_a_kernel_belongs_to_the_innermost_operation_that_says_what_it_is(kernel
         (_AllToAll, "attention", "exchange"),
         (_LinearScore, "scoring", "exchange"),
         (_LinearCrossEntropy, "loss", "communication"),
+        (AsyncColumn, "linear", "communication"),
+        (AsyncRow, "linear", "communication"),
     ],
 )
 def test_backward_functions_are_known_by_the_names_that_autograd_gives_them(function, part, collective):
@@ -375,6 +381,7 @@ MISTAKES = [
         "--arms sparsek --context-parallel-size 2",
         "--context-parallel-size 2: times --tensor-model-parallel-size 1",
     ),
+    ("--async-tensor-parallel", "--async-tensor-parallel with --tensor-model-parallel-size 1: there is nothing"),
     ("--context-parallel-size 0", "--context-parallel-size 0: must be at least 1"),
     ("--trainers mcore --out FILE", "FILE: cannot write there"),
     ("--plot FILE", "FILE: has no column shape; give a training.csv"),
