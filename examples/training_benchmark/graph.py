@@ -39,14 +39,14 @@ class Replay:
         self.release()
 
     def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The loss; of a replay always the same tensor, which the next one overwrites."""
+        """The loss; of a replay a copy, for the next one writes to the same place."""
         if self.graph is None:
             return self.run(tokens, labels)
         with record_function("phase:graph"):
             for static, given in zip(self.inputs, (tokens, labels), strict=True):
                 static.copy_(given)
             self.graph.replay()
-        return self.loss
+        return self.loss.clone()
 
     def capture(self, tokens: Tensor, labels: Tensor) -> None:
         """Record one call for batches of this shape, which must have run before: kernels are compiled by then."""

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from training_benchmark import cases, ranks
 from training_benchmark.arms import attended_pairs
 from training_benchmark.cases import Case
@@ -126,7 +127,8 @@ class Benchmark:
             row = self.new_row(case)
             try:
                 if trainer is None:
-                    torch.manual_seed(1234)
+                    torch.manual_seed(config.seed)
+                    model_parallel_cuda_manual_seed(config.seed)  # what the models before have drawn from
                     model = build(
                         case.arm, config, self.sparsek, vocabulary=self.args.vocab_size, machine=self.machine,
                         options=self.options,
