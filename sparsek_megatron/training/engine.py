@@ -99,12 +99,16 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     deepspeed.logger.setLevel(logging.ERROR)
     if not machine.on_gpu:
         # Used by DeepSpeed's inference all-reduce alone; building it would take a C++ compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = deepspeed_config(config, machine)
+    # Without its view of the process group DeepSpeed takes a configuration for that of one rank.
+    backend = get_accelerator().communication_backend_name()  # pyright: ignore[reportOptionalMemberAccess]
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     if config.deepspeed_config:
         require_readable(config.deepspeed_config, settings)
     optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
