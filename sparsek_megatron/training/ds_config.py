@@ -25,7 +25,7 @@ OWNED = {
     "bf16.enabled": "--bf16",
 }
 # Settings that train wrongly, or not at all, under Megatron's parallelism or this loop.
-_ROUNDS = "gradients are averaged as they are, in float32: otherwise norms and losses differ from one process's"
+_ROUNDS = "gradients are averaged in the type that they add up in: otherwise norms and losses differ from one process's"
 _SKIPS = "a step whose gradient is not finite is skipped and counted by its norm"
 REFUSED = {
     "optimizer": "this program builds the optimizer from its own flags (--lr, --adam-beta1, --weight-decay)",
@@ -42,7 +42,7 @@ REFUSED = {
     "gradient_predivide_factor": _ROUNDS,
     "gradient_allreduce_op": _ROUNDS,
     "managed_gradient_accumulation": "the training loop says where a batch ends",
-    "data_types": "gradients add up in float32 here",
+    "data_types": "gradients of a step's micro-batches add up in float32",
     "torch_autocast": "weights are bfloat16 or float32 here; use --bf16",
     "checkpoint": "checkpoints are this program's own, with checksums; see --save and --checkpoint-read-back",
     "bf16.check_grad_overflow": _SKIPS,
@@ -79,14 +79,34 @@ def build_ds_config(config: TrainingConfig, *, data_parallel: int, bf16: bool, o
         # The client optimizer is DeepSpeedCPUAdam where the state is offloaded: see engine.build_optimizer.
         "bf16": {"enabled": bf16},
         "steps_per_print": _NEVER,
+        **_sums(config, batch // per_pass, bf16=bf16),
         # Its timer waits for the whole device twice a step, and so for copies of a checkpoint that are under way.
         "timers": {"throughput": {"enabled": False}},
         "wall_clock_breakdown": False,
     }
     if config.deepspeed_config:
         ours = _merged(config.deepspeed_config, _read(config.deepspeed_config), ours, "")
+    if "data_types" in ours and config.zero_stage == 1 and data_parallel * config.context_parallel_size == 1:
+        # One rank: the stages give the same bits. ZeRO-1 copies its sums into a partition at the end of a step's last
+        # backward and holds both by then, ZeRO-2 adds up in the partition.
+        ours["zero_optimization"] = {**ours["zero_optimization"], "stage": 2}
     # DeepSpeed takes context-parallel ranks for data-parallel ones, which its gradients are averaged over too.
     return {**ours, "train_batch_size": batch * config.context_parallel_size}
+
+
+def _sums(config: TrainingConfig, micro_batches: int, *, bf16: bool) -> dict[str, Any]:
+    """What lets the gradients of a step's micro-batches add up in fp32: see zero_accumulation.
+
+    A single micro-batch adds nothing up: its gradients stay in the weights' type, at half the memory and traffic.
+    """
+    if not bf16 or micro_batches <= 1:
+        return {}
+    if config.zero_stage == 0:
+        raise UserError(
+            f"--zero-stage 0: the gradients of {micro_batches} micro-batches a step would add up in bfloat16, for "
+            "DeepSpeed has no other way there; use --zero-stage 1"
+        )
+    return {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.model import uses_bf16
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
+from sparsek_megatron.training.zero_accumulation import forget_skipped_sums, zero_1_in_fp32
 from sparsek_megatron.training.zero_step import use_one_norm
 
 
@@ -112,13 +113,15 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     if config.deepspeed_config:
         require_readable(config.deepspeed_config, settings)
     optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=settings,
-        mpu=DeepSpeedMpu(),
-        dist_init_required=False,
-    )
+    with zero_1_in_fp32():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=settings,
+            mpu=DeepSpeedMpu(),
+            dist_init_required=False,
+        )
+    forget_skipped_sums(engine)
     use_one_norm(engine)
     if _steps_without_norm(engine):
         engine.clip_fp32_gradients = lambda: None  # `take_step` does

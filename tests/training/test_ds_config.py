@@ -36,6 +36,40 @@ def test_auto_is_filled_from_the_run_and_the_rest_is_passed_on(tmp_path):
     assert built["timers"]["throughput"] == {"enabled": False, "synchronized": False}
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_several_micro_batches_of_bf16_weights_add_up_in_fp32(stage):
+    def built(batch, bf16):
+        config = dataclasses.replace(CONFIG, global_batch_size=batch, zero_stage=stage)
+        return build_ds_config(config, data_parallel=4, bf16=bf16, overlap=False)
+
+    settings = {"data_types", "communication_data_type"}
+    several = built(16, True)
+    assert several["data_types"] == {"grad_accum_dtype": "fp32"} and several["communication_data_type"] == "fp32"
+    assert not settings & built(8, True).keys(), "one micro-batch adds nothing up"
+    assert not settings & built(16, False).keys()
+
+
+def test_one_rank_adds_up_in_the_one_partition_that_zero_2_has():
+    config = dataclasses.replace(CONFIG, zero_stage=1)
+
+    def stage(config=config, data_parallel=1, bf16=True):
+        built = build_ds_config(config, data_parallel=data_parallel, bf16=bf16, overlap=False)
+        return built["zero_optimization"]["stage"]
+
+    assert stage() == 2 and stage(data_parallel=2) == 1
+    assert stage(bf16=False) == 1 and stage(dataclasses.replace(config, global_batch_size=2)) == 1
+    assert stage(dataclasses.replace(config, context_parallel_size=2)) == 1
+    assert stage(dataclasses.replace(config, zero_stage=3)) == 3
+
+
+def test_zero_0_would_add_up_in_bf16():
+    config = dataclasses.replace(CONFIG, zero_stage=0)
+    with pytest.raises(UserError, match=r"--zero-stage 0: the gradients of 2 micro-batches .* use --zero-stage 1"):
+        build_ds_config(config, data_parallel=4, bf16=True, overlap=False)
+    assert build_ds_config(config, data_parallel=8, bf16=True, overlap=False)["gradient_accumulation_steps"] == 1
+    assert build_ds_config(config, data_parallel=4, bf16=False, overlap=False)["gradient_accumulation_steps"] == 2
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_example_fits_a_run_of_its_stage(path):
     stage = int(path.stem.split("zero")[1][0])
@@ -69,12 +103,12 @@ def test_every_example_fits_a_run_of_its_stage(path):
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload: an old name; use --offload-optimizer"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: a step whose gradient is not finite"),
         ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "check_grad_overflow: a step whose gradient"),
-        ({"communication_data_type": "bf16"}, "communication_data_type: gradients are averaged as they are"),
-        ({"prescale_gradients": True}, "prescale_gradients: gradients are averaged as they are"),
-        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: gradients are averaged as they are"),
-        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: gradients are averaged as they are"),
+        ({"communication_data_type": "bf16"}, "communication_data_type: gradients are averaged in the type"),
+        ({"prescale_gradients": True}, "prescale_gradients: gradients are averaged in the type"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: gradients are averaged in the type"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: gradients are averaged in the type"),
         ({"managed_gradient_accumulation": True}, "the training loop says where a batch ends"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types: gradients add up in float32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types: gradients .* add up in float32"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast: .* use --bf16"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint: checkpoints are this program's own"),
         ({"comms_logger": "auto"}, 'no value for "auto"'),

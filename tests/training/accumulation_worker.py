@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's steps on gradients that are known: prints what each case of `test_zero_accumulation` measured.
+
+`accumulation_worker.py LAUNCHES`, a JSON list of [ranks, {name: case}]: on CPU one after another, on as many forked
+ranks each; started by torchrun, the cases of the launch of as many ranks, on GPUs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sparsek_megatron.errors import write_whole_lines
+from sparsek_megatron.training import engine as engine_module
+from sparsek_megatron.training import parallel
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.engine import build_engine, set_learning_rate, take_step
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS), str(TESTS / "plugin")]
+
+from forked_ranks import run_ranks  # noqa: E402
+from gloo_device import share_gloo_device  # noqa: E402
+
+# With a bucket of 512 elements the second does not fit into one, and two ranks share the third.
+SHAPES = ((7,), (40, 30), (16, 16), (3,), (5, 9))
+BUCKET = 512
+# Where streams are compared: reductions that take their time.
+LARGE = ((512,), *[(1024, 1024)] * 6, (3000, 1024), *[(1024, 512)] * 6)
+LARGE_BUCKET = 2_000_000
+BETA = 0.9
+WAITS = re.compile(r"^cu(da)?(Stream|Device|Event|Ctx)Synchronize|^cudaMemcpy$")
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Linear(torch.nn.Module):
+    """A loss whose gradient is what it is called with."""
+
+    def __init__(self, device: torch.device, shapes: Shapes):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weights = torch.nn.ParameterList(
+            torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes
+        )
+
+    def forward(self, gradients: list[Tensor]) -> Tensor:
+        return torch.stack([(w.float() * g).sum() for w, g in zip(self.weights, gradients, strict=True)]).sum()
+
+
+def gradients(step: int, rank: int, micro_batch: int, shapes: Shapes = SHAPES) -> list[Tensor]:
+    """Values of bf16, the first micro-batch's above 1 and the others' so small that bf16 loses them one by one."""
+    generator = torch.Generator().manual_seed(1000 * step + 100 * rank + micro_batch)
+    signs = torch.Generator().manual_seed(step)
+    found = []
+    for shape in shapes:
+        size = torch.rand(shape, generator=generator) + (1.0 if micro_batch == 0 else 0.0)
+        sign = torch.randint(0, 2, shape, generator=signs) * 2 - 1
+        found.append((size * sign * (1.0 if micro_batch == 0 else 2**-9)).bfloat16().float())
+    return found
+
+
+def wanted(step: int, ranks: int, micro_batches: int) -> list[Tensor]:
+    """The mean over ranks and micro-batches, in float64."""
+    total = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for rank in range(ranks):
+        for micro_batch in range(micro_batches):
+            for each, gradient in zip(total, gradients(step, rank, micro_batch), strict=True):
+                each += gradient.double() / (ranks * micro_batches)
+    return total
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative one of an element."""
+    pairs = zip(found, expected, strict=True)
+    return max(float(((f.double().cpu().view_as(e) - e) / e).abs().max()) for f, e in pairs)
+
+
+def build(
+    machine: parallel.Machine, config: TrainingConfig, settings: dict[str, Any], shapes: Shapes = SHAPES
+) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "ds.json")
+        path.write_text(json.dumps({"zero_optimization": settings}))
+        config = dataclasses.replace(config, deepspeed_config=str(path))
+        engine, _ = build_engine(config, Linear(machine.device, shapes), machine)
+    return engine
+
+
+def take(
+    engine: Any, machine: parallel.Machine, step: int, micro_batches: int, *, nan: bool = False,
+    shapes: Shapes = SHAPES,
+) -> float:  # fmt: skip
+    """Takes optimizer step `step`; its gradient norm. With `nan` the last rank has a NaN on the way."""
+    norm = None
+    for micro_batch in range(micro_batches):
+        given = [g.to(machine.device) for g in gradients(step, machine.rank, micro_batch, shapes)]
+        if nan and machine.rank == machine.world_size - 1 and micro_batch == micro_batches // 2:
+            given[1][3, 3] = float("nan")
+        loss = engine(given)
+        with record_function("backward"):
+            engine.backward(loss)
+        norm = take_step(engine)
+    assert norm is not None
+    return norm
+
+
+def accumulate(
+    machine: parallel.Machine, *, zero_stage: int, micro_batches: int, clip_grad: float = 0.0, offload: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Three steps, the second with a NaN: relative differences from float64 of what the optimizer was given."""
+    ranks = machine.world_size
+    config = TrainingConfig(
+        lr=0.0, micro_batch_size=1, global_batch_size=ranks * micro_batches, zero_stage=zero_stage, bf16=True,
+        clip_grad=clip_grad, offload_optimizer=offload, weight_decay=0.0, adam_beta1=BETA, seq_length=64,
+    )  # fmt: skip
+    sizes = {"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {}
+    engine = build(machine, config, {"reduce_bucket_size": BUCKET, **sizes, **(settings or {})})
+    parameters = list(engine.module.parameters())
+
+    def moments() -> list[Tensor]:
+        if zero_stage < 3:  # DeepSpeed looks for them once the first group has stepped, before the second one has any
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+        return [safe_get_full_optimizer_state(p, "exp_avg").clone() for p in parameters]
+
+    before = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    result: dict[str, Any] = {"optimizer": type(engine.optimizer).__name__, "gradient": [], "norm": []}
+    for step in (1, 3):
+        norm = take(engine, machine, step, micro_batches)
+        mean = wanted(step, ranks, micro_batches)
+        true_norm = float(torch.stack([m.square().sum() for m in mean]).sum().sqrt())
+        scale = min(1.0, clip_grad / true_norm) if clip_grad else 1.0
+        found = moments()
+        given = [(f.double().cpu().view_as(b) - BETA * b) / (1 - BETA) for f, b in zip(found, before, strict=True)]
+        result["norm"].append(abs(norm / true_norm - 1))
+        result["gradient"].append(difference(given, [m * scale for m in mean]))
+        before = [f.double().cpu() for f in found]
+        if step == 1:
+            weights = [safe_get_full_fp32_param(p).clone() for p in parameters]
+            result["nan_norm"] = take(engine, machine, 2, micro_batches, nan=True)
+            kept = zip(found + weights, moments() + [safe_get_full_fp32_param(p) for p in parameters], strict=True)
+            result["nan_changes_nothing"] = all(torch.equal(a, b) for a, b in kept)
+    return result
+
+
+def waits_in_backward(engine: Any, machine: parallel.Machine, step: int, micro_batches: int) -> tuple[float, int]:
+    """Takes optimizer step `step`; its norm, and how often the host waits for the GPU within its backward passes."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        norm = take(engine, machine, step, micro_batches, shapes=LARGE)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == "backward"]
+    waits = [e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and WAITS.match(e["name"])]
+    assert ranges and waits
+    return norm, sum(r["ts"] <= wait < r["ts"] + r["dur"] for r in ranges for wait in waits)
+
+
+def end_of_backward(machine: parallel.Machine, *, zero_stage: int, micro_batches: int) -> dict[str, Any]:
+    """Five steps with `wait_by_stream` and without: each one's norms, digest of the weights and waits in backward."""
+    config = TrainingConfig(
+        lr=1e-2, micro_batch_size=1, global_batch_size=machine.world_size * micro_batches, zero_stage=zero_stage,
+        bf16=True, clip_grad=1.0, seq_length=64,
+    )  # fmt: skip
+    found = {}
+    wait_by_stream = engine_module.wait_by_stream
+    for name in ("by_stream", "by_host"):
+        engine_module.wait_by_stream = wait_by_stream if name == "by_stream" else lambda engine: False
+        engine = build(machine, config, {"reduce_bucket_size": LARGE_BUCKET}, LARGE)
+        set_learning_rate(engine, config.lr)
+        norms = [take(engine, machine, step, micro_batches, shapes=LARGE) for step in range(1, 6)]
+        digest = hashlib.sha256()
+        for parameter in engine.module.parameters():
+            digest.update(safe_get_full_fp32_param(parameter).cpu().numpy().tobytes())
+        last, waits = waits_in_backward(engine, machine, 6, micro_batches)
+        found[name] = {"norms": [*norms, last], "weights": digest.hexdigest(), "waits": waits}
+    engine_module.wait_by_stream = wait_by_stream
+    return found
+
+
+def run(cases: dict[str, Any]) -> None:
+    """This rank's part of `cases`; the first rank prints what they gave."""
+    if not torch.cuda.is_available():
+        share_gloo_device()
+    write_whole_lines()
+    machine = parallel.initialize(TrainingConfig(seq_length=64))
+    measure = {"accumulate": accumulate, "end_of_backward": end_of_backward}
+    results = {name: measure[case.pop("by", "accumulate")](machine, **case) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        print("RESULTS " + json.dumps(results), flush=True)
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    launches = json.loads(sys.argv[1])
+    if "RANK" in os.environ:
+        for ranks, cases in launches:
+            if ranks == int(os.environ["WORLD_SIZE"]):
+                run(cases)
+    else:
+        for ranks, cases in launches:
+            run_ranks(lambda cases=cases: run(cases), ranks)
