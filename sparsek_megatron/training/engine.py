@@ -16,6 +16,7 @@ from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.model import uses_bf16
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.zero_accumulation import forget_skipped_sums, zero_1_in_fp32
+from sparsek_megatron.training.zero_backward import wait_by_stream
 from sparsek_megatron.training.zero_step import use_one_norm
 
 
@@ -123,6 +124,7 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
         )
     forget_skipped_sums(engine)
     use_one_norm(engine)
+    wait_by_stream(engine)
     if _steps_without_norm(engine):
         engine.clip_fp32_gradients = lambda: None  # `take_step` does
     return engine, name
