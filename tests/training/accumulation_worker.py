@@ -60,14 +60,16 @@ class Linear(torch.nn.Module):
         return torch.stack([(w.float() * g).sum() for w, g in zip(self.weights, gradients, strict=True)]).sum()
 
 
-def gradients(step: int, rank: int, micro_batch: int, shapes: Shapes = SHAPES) -> list[Tensor]:
+def gradients(
+    step: int, rank: int, micro_batch: int, shapes: Shapes = SHAPES, device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """Values of bf16, the first micro-batch's above 1 and the others' so small that bf16 loses them one by one."""
-    generator = torch.Generator().manual_seed(1000 * step + 100 * rank + micro_batch)
-    signs = torch.Generator().manual_seed(step)
+    generator = torch.Generator(device).manual_seed(1000 * step + 100 * rank + micro_batch)
+    signs = torch.Generator(device).manual_seed(step)
     found = []
     for shape in shapes:
-        size = torch.rand(shape, generator=generator) + (1.0 if micro_batch == 0 else 0.0)
-        sign = torch.randint(0, 2, shape, generator=signs) * 2 - 1
+        size = torch.rand(shape, generator=generator, device=device) + (1.0 if micro_batch == 0 else 0.0)
+        sign = torch.randint(0, 2, shape, generator=signs, device=device) * 2 - 1
         found.append((size * sign * (1.0 if micro_batch == 0 else 2**-9)).bfloat16().float())
     return found
 
@@ -106,7 +108,8 @@ def take(
     """Takes optimizer step `step`; its gradient norm. With `nan` the last rank has a NaN on the way."""
     norm = None
     for micro_batch in range(micro_batches):
-        given = [g.to(machine.device) for g in gradients(step, machine.rank, micro_batch, shapes)]
+        where = machine.device if shapes is LARGE else "cpu"  # where float64 is compared: the CPU's numbers
+        given = [g.to(machine.device) for g in gradients(step, machine.rank, micro_batch, shapes, where)]
         if nan and machine.rank == machine.world_size - 1 and micro_batch == micro_batches // 2:
             given[1][3, 3] = float("nan")
         loss = engine(given)
