@@ -21,9 +21,12 @@
 #
 # Exit code 2, from here or from a process, is the user's to fix: one line says what, and nothing is started again.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# No command substitution from here on: bash 5.2 parses it again as it runs, and a trap's command with it if the signal
+# comes at that moment. A pipe into `read` does the same (lastpipe: in this shell).
+shopt -s lastpipe
 stopping=false
 trap 'stopping=true' USR1 TERM
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
     echo "error: $*" >&2
@@ -62,8 +65,11 @@ if [ "$nodes" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     fail "NNODES=$nodes without MASTER_ADDR: give the address of the node with NODE_RANK=0"
 fi
 count='import torch; print(torch.cuda.device_count() or 1)'
-processes="${NPROC_PER_NODE:-$(trap '' USR1 TERM && python -W ignore -c "$count" 2>/dev/null)}" ||
-    fail "python cannot import torch; activate the virtual environment that has it"
+processes="${NPROC_PER_NODE:-}"
+if [ -z "$processes" ]; then
+    (trap '' USR1 TERM && exec python -W ignore -c "$count" 2>/dev/null) | read -r processes ||
+        fail "python cannot import torch; activate the virtual environment that has it"
+fi
 
 # A failing link is named by NCCL's warnings and by nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
@@ -74,7 +80,8 @@ fi
 # Sequences of one length leave few holes, validation and checkpoints more: let the allocator grow segments in place.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # torchrun would set 1; the data loader and CPU offload use what there is.
-cores=$(($(nproc) / processes))
+(trap '' USR1 TERM && exec nproc) | read -r cores || cores=1
+cores=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
 
 arguments=(--nproc-per-node="$processes" --max-restarts="$restarts")

@@ -11,7 +11,7 @@ ENDS = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 rank = os.environ["RANK"]
-print(f"rank {rank} is here", flush=True)
+os.write(1, f"rank {rank} is here\\n".encode())  # whole: print writes the end of a line by itself
 if rank == "1":
     how = int(sys.argv[1])
     os.kill(os.getpid(), -how) if how < 0 else sys.exit(how)
