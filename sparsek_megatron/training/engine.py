@@ -17,7 +17,7 @@ from sparsek_megatron.training.model import uses_bf16
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.zero_accumulation import forget_skipped_sums, zero_1_in_fp32
 from sparsek_megatron.training.zero_backward import wait_by_stream
-from sparsek_megatron.training.zero_step import use_one_norm
+from sparsek_megatron.training.zero_step import norm_of_step, use_one_norm
 
 
 def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -190,4 +190,4 @@ def take_step(engine: Any) -> float | None:
     engine.step()
     if not at_boundary:
         return None
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    return norm_of_step(engine) if norm is None else norm

@@ -19,10 +19,11 @@ from sparsek_megatron.training.engine import set_learning_rate, take_step
 from sparsek_megatron.training.health import SelectionWatch
 from sparsek_megatron.training.model import token_losses
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
+from sparsek_megatron.training.reading import Reading
 from sparsek_megatron.training.report import Report
 from sparsek_megatron.training.run_folder import latest_step
 from sparsek_megatron.training.schedule import learning_rate
-from sparsek_megatron.training.stopping import StopRequest
+from sparsek_megatron.training.stopping import StopRequest, name_of
 from sparsek_megatron.training.watchdog import Watchdog
 
 ADVICE = "lower --lr, lengthen --lr-warmup-iters, or look at the data of these steps"
@@ -80,12 +81,12 @@ class Trainer:
         labels = batch["labels"].to(device, non_blocking=True)
         return token_losses(self.engine, tokens, labels).float().mean()
 
-    def _mean_over_ranks(self, loss: torch.Tensor) -> float:
+    def _mean_over_ranks(self, loss: torch.Tensor) -> Reading:
         sharers = self._mpu.get_data_parallel_world_size()  # context-parallel ranks hold as many tokens each
         if sharers > 1:
             dist.all_reduce(loss, group=self._mpu.get_data_parallel_group())
             loss = loss / sharers
-        return loss.item()
+        return Reading(loss)
 
     def train(self, start: int, stop: StopRequest) -> int:
         """Take steps until `train_iters`, an exit interval or a signal to stop; returns the number of the last step.
@@ -97,8 +98,9 @@ class Trainer:
         """
         self.engine.train()
         watchdog = Watchdog(self.config.hang_timeout_seconds, self.machine.rank)
+        self._stop = stop
         try:
-            steps = self._steps(start, stop, watchdog)
+            steps = self._steps(start, watchdog)
             watchdog.beat("writing the last checkpoint")
             self.checkpoints.finish()
             self._tell_news()
@@ -106,9 +108,9 @@ class Trainer:
             watchdog.close()
         return steps
 
-    def _steps(self, start: int, stop: StopRequest, watchdog: Watchdog) -> int:
+    def _steps(self, start: int, watchdog: Watchdog) -> int:
         config = self.config
-        if start < config.train_iters and (signal := stop.agreed(self.machine.device)):
+        if start < config.train_iters and (signal := name_of(self._stop.ask(self.machine.device))):
             if self.report:
                 self.report.line(f"stopped by {signal} before step {start + 1}; the same command goes on there")
             return start
@@ -122,14 +124,13 @@ class Trainer:
             set_learning_rate(self.engine, lr)
             last = step == config.train_iters
             look = step % config.log_interval == 0 or last
-            loss, grad_norm, local_loss = self._one_step(data, look=look)
+            loss, grad_norm, local_loss, signal = self._one_step(data, look=look)
             skipped = not math.isfinite(grad_norm)
             selection = self._selection.collect(self.machine.device) if look else None
             if self.report:
                 self.report.step(step=step, loss=loss, lr=lr, grad_norm=grad_norm, selection=selection)
             self._tell_news()
             self._count_skipped(step, loss, local_loss, skipped=skipped)
-            signal = stop.agreed(self.machine.device)
             leaving = signal is not None or (config.exit_interval is not None and step % config.exit_interval == 0)
             if (step % config.eval_interval == 0 or last) and not signal:
                 watchdog.beat(f"the validation at step {step}")
@@ -159,13 +160,16 @@ class Trainer:
             )
         return config.train_iters
 
-    def _one_step(self, data: Iterator[dict[str, Any]], *, look: bool) -> tuple[float, float, float]:
-        """One optimizer step: (loss, gradient norm before clipping, this rank's share of the loss).
+    def _one_step(self, data: Iterator[dict[str, Any]], *, look: bool) -> tuple[float, float, float, str | None]:
+        """One optimizer step: (loss, gradient norm before clipping, this rank's share of the loss, signal to stop).
 
-        With `look`, the first micro-batch's scores are kept for `self._selection.collect`.
+        What the host must know is queued before the optimizer's update and read after that was queued: the next forward
+        is launched while the update runs. With `look`, the first micro-batch's scores are kept for
+        `self._selection.collect`.
         """
         total = torch.zeros((), device=self.machine.device)
-        grad_norm = None
+        grad_norm: float | None = None
+        answers: tuple[Reading, Reading, Reading] | None = None
         for micro_batch in range(1, self._micro_batches + 1):
             if look and micro_batch == 1:
                 self._selection.arm()
@@ -174,11 +178,13 @@ class Trainer:
             total += loss.detach() / self._micro_batches
             self.engine.backward(loss)
             if micro_batch == self._micro_batches:
+                local = Reading(total)
+                answers = self._mean_over_ranks(total), local, self._stop.ask(self.machine.device)
                 self.checkpoints.before_update()
             grad_norm = take_step(self.engine)
-        assert grad_norm is not None, "DeepSpeed and this loop disagree about the end of a batch"
-        local = total.item()
-        return self._mean_over_ranks(total), grad_norm, local
+        assert grad_norm is not None and answers, "DeepSpeed and this loop disagree about the end of a batch"
+        loss_of_all, local, asked = answers
+        return loss_of_all.item(), grad_norm, local.item(), name_of(asked)
 
     def _count_skipped(self, step: int, loss: float, local_loss: float, *, skipped: bool) -> None:
         """Report a step whose gradient was not finite, which was skipped; too many in a row end the run."""
@@ -222,7 +228,7 @@ class Trainer:
             total += self._loss(batch)
             count += 1
         self.engine.train()
-        return self._mean_over_ranks(total / count)
+        return self._mean_over_ranks(total / count).item()
 
     def _save(self, step: int, *, skipped: bool, ends: bool) -> None:
         """Begin the checkpoint of `step`, unless it was skipped: what led there may be in the weights already.

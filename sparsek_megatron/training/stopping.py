@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from sparsek_megatron.training.reading import Reading
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -50,12 +52,21 @@ class StopRequest:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or number
 
-    def agreed(self, device: torch.device) -> str | None:
-        """Name of a signal that any rank has received, None if none has. A collective: the same on every rank."""
+    def ask(self, device: torch.device) -> Reading:
+        """Number of a signal that any rank has received by now, 0 if none has. A collective: the same on every rank."""
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([self._received], dtype=torch.int32, device=device)
+        from sparsek_megatron.training.reading import Reading
+
+        # From pinned memory: the host does not wait until the device has taken it.
+        flag = torch.tensor([self._received], dtype=torch.int32, pin_memory=device.type == "cuda")
+        flag = flag.to(device, non_blocking=True)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag.item())
-        return signal.Signals(number).name if number else None
+        return Reading(flag)
+
+
+def name_of(answer: Reading) -> str | None:
+    """Name of the signal that `StopRequest.ask` found, None if none."""
+    number = int(answer.item())
+    return signal.Signals(number).name if number else None

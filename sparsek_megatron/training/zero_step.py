@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsek_megatron.training.reading import Reading
+
 
 def use_one_norm(engine: Any) -> bool:
     """Let `engine`, a DeepSpeed engine, decide on its step by one norm. Returns whether anything was replaced.
@@ -62,7 +64,15 @@ def _norm_of_all(zero: Any, norm_type: int = 2) -> Tensor:
     comm.all_reduce(square, group=zero.dp_process_group)
     zero._model_parallel_all_reduce(tensor=square, op=comm.ReduceOp.SUM)
     norm = square.sqrt()
-    return torch.where(norm.isfinite(), norm, float("inf"))
+    norm = torch.where(norm.isfinite(), norm, float("inf"))
+    zero.norm_reading = Reading(norm)
+    return norm
+
+
+def norm_of_step(engine: Any) -> float:
+    """Norm before clipping that the last step took; where the norm is one, without a wait for the update behind it."""
+    reading = getattr(engine.optimizer, "norm_reading", None)
+    return float(engine.get_global_grad_norm()) if reading is None else reading.item()
 
 
 def _own(gradients: list[Tensor]) -> list[Tensor]:

@@ -268,7 +268,7 @@ def mcore_trajectory(argv: list[str]) -> dict[str, Any]:
             finalize_model_grads([wrapped])
             updated, norm, _ = optimizer.step()
             assert updated
-            records.append([loop._mean_over_ranks(total), float(norm)])
+            records.append([loop._mean_over_ranks(total).item(), float(norm)])
     parallel.shutdown()
     return {"records": records}
 
