@@ -48,8 +48,10 @@ def _title(rows: list[dict[str, str]]) -> str:
 
 
 def _layout(row: dict[str, str]) -> str:
+    """Parallel sizes, and what changes how a step runs; what saves memory differs along a line."""
     context = f" CP{row['cp']}" if row["cp"] != "1" else ""
-    return f"TP{row['tp']}{context} of {row['gpus']}"
+    ways = "".join(f", {way}" for way in ("async TP", "CUDA graph") if way in row["options"])
+    return f"TP{row['tp']}{context} of {row['gpus']}{ways}"
 
 
 def _model(row: dict[str, str]) -> str:
