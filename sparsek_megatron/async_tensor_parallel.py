@@ -34,7 +34,8 @@ def use_async_tensor_parallel(model: Any) -> Any:
     come whole and nothing overlaps. The output layer is left to the loss.
 
     Raises ValueError without sequence parallelism and under CUDA_DEVICE_MAX_CONNECTIONS=1; NotImplementedError for
-    Transformer Engine's layers, experts, biases, fused gradient accumulation, and GPUs that cannot share memory.
+    Transformer Engine's layers, experts, biases in every linear layer (qkv alone may have them), fused gradient
+    accumulation, and GPUs that cannot share memory.
     """
     config = model.config
     if config.tensor_model_parallel_size == 1 or not config.sequence_parallel:
@@ -54,7 +55,9 @@ def use_async_tensor_parallel(model: Any) -> Any:
     layers = [
         module
         for module in model.modules()
-        if type(module) in (ColumnParallelLinear, RowParallelLinear) and module is not output
+        if type(module) in (ColumnParallelLinear, RowParallelLinear)
+        and module.sequence_parallel
+        and module is not output
     ]
     if not layers:
         raise NotImplementedError(
@@ -71,10 +74,12 @@ def use_async_tensor_parallel(model: Any) -> Any:
     return model
 
 
-def _column_product(input: Tensor, weight: Tensor, *_: Any, tp_group: Any, **__: Any) -> Tensor:
+def _column_product(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tp_group: Any, **_: Any
+) -> Tensor:
     """In the place of `ColumnParallelLinear._forward_impl`, whose names it takes."""
     out: Any = AsyncColumn.apply(input, weight, tp_group)
-    return out
+    return out if bias is None else out + bias
 
 
 def _row_forward(layer: Any) -> Callable[[Tensor], tuple[Tensor, None]]:

@@ -30,12 +30,12 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 def run(
     *, tp: int, overlapped: bool = False, tiles: bool = False, frozen: str = "",
-    weights: dict[str, torch.Tensor] | None = None,
+    qkv_bias: bool = False, weights: dict[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
     """(whole weights; losses and whole gradients of unevenly weighted losses)."""
     with parallel(tp=tp):
         changes: dict[str, Any] = {"kv_channels": 64} if torch.cuda.is_available() else {}
-        config = tiny_config(sequence_parallel=tp > 1, **changes, **(FULL if tiles else {}))
+        config = tiny_config(sequence_parallel=tp > 1, add_qkv_bias=qkv_bias, **changes, **(FULL if tiles else {}))
         model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK)).to(device())
         if weights is None:
             randomise(model)
@@ -61,7 +61,7 @@ def run(
 
 def errors(**layout: Any) -> dict[str, float]:
     """Of losses and gradients against one rank, and how often each operator ran."""
-    weights, want = run(tp=1, frozen=layout.get("frozen", ""))
+    weights, want = run(tp=1, frozen=layout.get("frozen", ""), qkv_bias=layout.get("qkv_bias", False))
     calls = {"_gather_and_multiply": 0, "_multiply_and_scatter": 0}
     stock = {name: getattr(async_tensor_parallel, name) for name in calls}
 
@@ -100,6 +100,11 @@ def async_tp2_with_frozen_columns() -> dict[str, float]:
 @case
 def async_tp2_with_frozen_rows() -> dict[str, float]:
     return errors(tp=2, frozen="linear_proj")
+
+
+@case
+def async_tp2_with_qkv_bias() -> dict[str, float]:
+    return errors(tp=2, qkv_bias=True)
 
 
 @case

@@ -19,7 +19,8 @@ def check(answer: dict[str, float], name: str, tolerance: float) -> None:
     gathered, scattered = answer.pop("_gather_and_multiply"), answer.pop("_multiply_and_scatter")
     assert (gathered, scattered) == CALLS.get(name, (gathered, scattered))
     assert gathered >= 8 and scattered >= 4
-    assert sum("linear" in parameter for parameter in answer) == 8
+    assert sum("linear" in parameter and "weight" in parameter for parameter in answer) == 8
+    assert sum("linear_qkv.bias" in parameter for parameter in answer) == 2 * ("bias" in name)
     worst = max(answer, key=lambda parameter: answer[parameter])
     assert answer[worst] <= tolerance, f"{worst}: {answer[worst]}"
 
@@ -31,6 +32,7 @@ def check(answer: dict[str, float], name: str, tolerance: float) -> None:
         "async_tp2_recomputed_in_tiles",
         "async_tp2_with_frozen_columns",
         "async_tp2_with_frozen_rows",
+        "async_tp2_with_qkv_bias",
         "async_tp4",
     ],
 )
