@@ -75,6 +75,15 @@ def report_user_errors() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
+@contextlib.contextmanager
+def refusals_for_the_user() -> Iterator[None]:
+    """What the library refuses in the block, ValueError or NotImplementedError of one line, as a `UserError`."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as err:
+        raise UserError(str(err)) from None
+
+
 def _forget_unread_output() -> None:
     """Let what nobody reads any more go nowhere: Python would complain when it writes the rest at the end."""
     for stream in filter(None, (sys.stdout, sys.stderr)):

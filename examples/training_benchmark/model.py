@@ -16,7 +16,7 @@ from training_benchmark.shapes import Shape
 
 from sparsek_megatron import SparseKConfig
 from sparsek_megatron.async_tensor_parallel import use_async_tensor_parallel
-from sparsek_megatron.errors import UserError
+from sparsek_megatron.errors import UserError, refusals_for_the_user
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.rope import use_fused_rope
 from sparsek_megatron.training.arguments import TrainingConfig
@@ -118,7 +118,8 @@ def build(
     if options.mlp_tile_tokens is not None:
         use_tiled_mlp(model, tile_tokens=options.mlp_tile_tokens)
     if config.async_tensor_parallel:
-        use_async_tensor_parallel(model)
+        with refusals_for_the_user():
+            use_async_tensor_parallel(model)
     return model.cuda() if machine.on_gpu else model
 
 

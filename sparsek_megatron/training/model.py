@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from sparsek_megatron.async_tensor_parallel import use_async_tensor_parallel
 from sparsek_megatron.context_parallel import shard_sequence
-from sparsek_megatron.errors import UserError
+from sparsek_megatron.errors import refusals_for_the_user
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.memory.chunked_loss import whole_logits_are_large
 from sparsek_megatron.rope import use_fused_rope
@@ -75,10 +75,8 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
     megatron = transformer_config(config, on_gpu=on_gpu)
     if config.apply_rope_fusion:
         use_fused_rope(megatron)
-    try:
+    with refusals_for_the_user():
         spec = get_sparsek_block_spec(megatron, sparsek=sparsek)
-    except (ValueError, NotImplementedError) as err:
-        raise UserError(str(err)) from None
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=spec,  # pyright: ignore[reportArgumentType]
@@ -90,10 +88,8 @@ def build_model(config: TrainingConfig, vocab_size: int, *, on_gpu: bool) -> GPT
     )
     save_memory(model, config, vocab_size)
     if config.async_tensor_parallel:
-        try:
+        with refusals_for_the_user():
             use_async_tensor_parallel(model)
-        except (ValueError, NotImplementedError) as err:
-            raise UserError(str(err)) from None
     return model.cuda() if on_gpu else model
 
 
