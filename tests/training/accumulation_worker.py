@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from sparsek_megatron.errors import write_whole_lines
 from sparsek_megatron.training import engine as engine_module
@@ -28,10 +27,11 @@ from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine, set_learning_rate, take_step
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS), str(TESTS / "plugin")]
+sys.path += [str(TESTS), str(TESTS / "plugin"), str(TESTS.parent / "examples")]
 
 from forked_ranks import run_ranks  # noqa: E402
 from gloo_device import share_gloo_device  # noqa: E402
+from training_benchmark.trace import profile_step  # noqa: E402
 
 # With a bucket of 512 elements the second does not fit into one, and two ranks share the third.
 SHAPES = ((7,), (40, 30), (16, 16), (3,), (5, 9))
@@ -40,7 +40,6 @@ BUCKET = 512
 LARGE = ((512,), *[(1024, 1024)] * 6, (3000, 1024), *[(1024, 512)] * 6)
 LARGE_BUCKET = 2_000_000
 BETA = 0.9
-WAITS = re.compile(r"^cu(da)?(Stream|Device|Event|Ctx)Synchronize|^cudaMemcpy$")
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -113,7 +112,7 @@ def take(
         if nan and machine.rank == machine.world_size - 1 and micro_batch == micro_batches // 2:
             given[1][3, 3] = float("nan")
         loss = engine(given)
-        with record_function("backward"):
+        with record_function("phase:backward"):
             engine.backward(loss)
         norm = take_step(engine)
     assert norm is not None
@@ -162,17 +161,12 @@ def accumulate(
 
 def waits_in_backward(engine: Any, machine: parallel.Machine, step: int, micro_batches: int) -> tuple[float, int]:
     """Takes optimizer step `step`; its norm, and how often the host waits for the GPU within its backward passes."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        norm = take(engine, machine, step, micro_batches, shapes=LARGE)
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
-    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == "backward"]
-    waits = [e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and WAITS.match(e["name"])]
-    assert ranges and waits
-    return norm, sum(r["ts"] <= wait < r["ts"] + r["dur"] for r in ranges for wait in waits)
+    norms: list[float] = []
+    split = profile_step(
+        lambda: norms.append(take(engine, machine, step, micro_batches, shapes=LARGE)), engine.module
+    )
+    assert split.waits  # that of the optimizer's decision at least
+    return norms[0], split.waits["backward"]
 
 
 def end_of_backward(machine: parallel.Machine, *, zero_stage: int, micro_batches: int) -> dict[str, Any]:

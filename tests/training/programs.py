@@ -2,11 +2,13 @@
 """The programs as a user starts them, on prepared data, with no process left behind whatever happens."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -97,6 +99,12 @@ def finish(process: subprocess.Popen, *, code: int = 0, seconds: float = LONGEST
         raise
     assert process.returncode == code, output
     return output
+
+
+def read_results(output: str) -> dict[str, Any]:
+    """What the launches of a worker found, by case: their lines of RESULTS."""
+    lines = [line.removeprefix("RESULTS ") for line in output.splitlines() if line.startswith("RESULTS ")]
+    return {name: result for line in lines for name, result in json.loads(line).items()}
 
 
 def run(script: str, *arguments: str, code: int = 0, **options) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import finish, start_program
+from programs import finish, read_results, start_program
 from torch.utils.cpp_extension import get_default_build_root
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
@@ -31,9 +31,7 @@ COMPILED = pytest.mark.skipif(not OFFLOAD, reason="DeepSpeedCPUAdam has not been
 
 def run_worker(launches: list[tuple[int, dict]]) -> dict:
     """Results of the cases of all launches, (ranks, cases) each, one after another."""
-    output = finish(start_program(WORKER, json.dumps(launches)), seconds=500)
-    lines = [line.removeprefix("RESULTS ") for line in output.splitlines() if line.startswith("RESULTS ")]
-    return {name: result for line in lines for name, result in json.loads(line).items()}
+    return read_results(finish(start_program(WORKER, json.dumps(launches)), seconds=500))
 
 
 @pytest.fixture(scope="module")

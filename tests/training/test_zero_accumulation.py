@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import finish, start_program
+from programs import finish, read_results, start_program
 from test_parallel_training import COMPILED, OFFLOAD
 
 WORKER = str(Path(__file__).with_name("accumulation_worker.py"))
@@ -32,11 +32,6 @@ WAITING = {
 GPUS = [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
 
 
-def read(output: str) -> dict[str, Any]:
-    lines = [line.removeprefix("RESULTS ") for line in output.splitlines() if line.startswith("RESULTS ")]
-    return {name: result for line in lines for name, result in json.loads(line).items()}
-
-
 def named(cases: dict[str, dict[str, Any]], ranks: int, **more: Any) -> list[Any]:
     return [ranks, {f"{name}_on_{ranks}": {**more, **case} for name, case in cases.items()}]
 
@@ -45,7 +40,7 @@ def named(cases: dict[str, dict[str, Any]], ranks: int, **more: Any) -> list[Any
 def results() -> dict[str, Any]:
     cases = CASES | (OFFLOADED if OFFLOAD else {})
     launches = [named(cases, ranks, micro_batches=32) for ranks in (1, 2)]
-    return read(finish(start_program(WORKER, json.dumps(launches))))
+    return read_results(finish(start_program(WORKER, json.dumps(launches))))
 
 
 def check(result: dict[str, Any]) -> None:
@@ -66,7 +61,8 @@ def gpu_results() -> dict[int, dict[str, Any]]:
     for ranks in (1, 2)[: torch.cuda.device_count()]:
         cases = named(GPU_CASES, ranks, micro_batches=32)[1] | named(WAITING, ranks)[1]
         launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-        found[ranks] = read(finish(start_program("-m", *launcher, WORKER, json.dumps([[ranks, cases]]), gpu=True)))
+        process = start_program("-m", *launcher, WORKER, json.dumps([[ranks, cases]]), gpu=True)
+        found[ranks] = read_results(finish(process))
     return found
 
 
