@@ -80,7 +80,7 @@ fi
 # Sequences of one length leave few holes, validation and checkpoints more: let the allocator grow segments in place.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # torchrun would set 1; the data loader and CPU offload use what there is.
-(trap '' USR1 TERM && exec nproc) | read -r cores || cores=1
+(trap '' USR1 TERM && exec nproc) | read -r cores
 cores=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
 
