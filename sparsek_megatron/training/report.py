@@ -45,8 +45,10 @@ class Report:
 
     A record of `metrics.jsonl` is `{"step", "loss", "lr", "grad_norm", "health"}`, or `{"step", "valid_loss"}`; `step`
     counts optimizer steps taken, skipped ones too, whose numbers that are not finite are null. Losses are in nats per
-    token. "health" is `{"tokens_per_second", "mfu", "memory_gib"}` and, where the selection was looked at, what
-    `SelectionHealth` says of it. TensorBoard has the same numbers of every step.
+    token. "health" is `{"tokens_per_second", "seconds", "mfu", "memory_gib"}` and, where the selection was looked at,
+    what `SelectionHealth` says of it. TensorBoard has the same numbers of every step. In the record alone, "health" of
+    the first step after a checkpoint was begun has "checkpoint_waited", the seconds of `save()`, which the step's own
+    "seconds" leave out; and that of a process's first step has `"started": true`.
 
     tokens_per_step: of all ranks. flops_per_token: see `flops`. peak_flops: of all GPUs per second, None where unknown:
     there is no MFU then.
@@ -84,6 +86,7 @@ class Report:
         )  # fmt: skip
         self._valid = ""
         self._speed = 0.0
+        self._waited: float | None = None  # for the checkpoint that the next step is the first one after
         self._start, self._last, self._begun = start, time.perf_counter(), time.perf_counter()
 
     def step(
@@ -91,16 +94,19 @@ class Report:
     ) -> None:
         """After optimizer step number `step` (1 is the first); `selection` where it was looked at."""
         now = time.perf_counter()
-        speed = self._tokens_per_step / (now - self._last)
-        self._last = now
+        seconds, self._last = now - self._last, now
+        speed = self._tokens_per_step / seconds
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
-        health = {"tokens_per_second": speed, "memory_gib": _peak_memory_gib()}
+        health = {"tokens_per_second": speed, "seconds": seconds, "memory_gib": _peak_memory_gib()}
         if self._peak_tokens:
             health["mfu"] = speed / self._peak_tokens
         looked = {k: v for k, v in dataclasses.asdict(selection).items() if v is not None} if selection else {}
         trained = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         finite = {name: _finite(value) for name, value in trained.items()}
-        self._write({"step": step, **finite, HEALTH: health | looked})
+        events = {} if self._waited is None else {"checkpoint_waited": self._waited}
+        started = {"started": True} if step == self._start + 1 else {}
+        self._waited = None
+        self._write({"step": step, **finite, HEALTH: health | looked | events | started})
         for name, value in (trained | health).items():
             self._board.add_scalar(f"train/{name}", value, step)
         for name, value in looked.items():
@@ -118,6 +124,7 @@ class Report:
 
     def checkpoint(self, *, step: int, waited: float) -> None:
         """A checkpoint of `step` has begun; training waited so many seconds, which tokens/s leaves out."""
+        self._waited = waited
         self._board.add_scalar("checkpoint/seconds_waited", waited, step)
         self.line(f"step {step}: checkpoint begun, training waited {waited:.3f} s")
         self.restart_clock()

@@ -14,7 +14,7 @@ from sparsek_megatron.training.report import Report, read_metrics
 
 SELECTION = SelectionHealth(saturated=0.25, mean_age=31.0, overflow=0.125)
 STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.75}
-SCALARS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib"}
+SCALARS = {"loss", "lr", "grad_norm", "tokens_per_second", "seconds", "mfu", "memory_gib"}
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path, clock):
         return {event.step: event.value for event in board.Scalars(tag)}
 
     assert scalars("train/tokens_per_second") == {1: 100.0, 2: 50.0, 3: 100.0}
+    assert scalars("train/seconds") == {1: 1.0, 2: 2.0, 3: 1.0}
     assert scalars("train/mfu") == {1: 0.5, 2: 0.25, 3: 0.5}
     assert scalars("train/grad_norm") == {1: 0.75, 2: 0.75, 3: math.inf}
     assert min(scalars("train/memory_gib").values()) > 0.01
@@ -74,8 +75,11 @@ def test_the_records_have_them_too_apart_from_what_a_repeated_run_repeats(tmp_pa
     assert [set(record) for record in steps] == [{"step", *STEP, "health"}] * 3
     health = [record["health"] for record in steps]
     assert [each["tokens_per_second"] for each in health] == [100.0, 50.0, 100.0]
-    own = {"tokens_per_second", "mfu", "memory_gib"}
-    assert [set(each) - own for each in health] == [set(), set(dataclasses.asdict(SELECTION)), set()]
+    assert [each["seconds"] for each in health] == [1.0, 2.0, 1.0]
+    own = {"tokens_per_second", "seconds", "mfu", "memory_gib"}
+    looked = set(dataclasses.asdict(SELECTION))
+    assert [set(each) - own for each in health] == [{"started"}, looked, {"checkpoint_waited"}]
+    assert health[0]["started"] is True and health[2]["checkpoint_waited"] == 0.5
     null = {"step": 3, "loss": None, "lr": 1e-3, "grad_norm": None}
     wanted = [{"step": 1, **STEP}, {"step": 2, **STEP}, {"step": 2, "valid_loss": 3.0}, null]
     assert read_metrics(tmp_path) == wanted

@@ -60,6 +60,9 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert list((uninterrupted / "tensorboard").glob("events.*"))
     losses = [r["loss"] for r in trajectory(uninterrupted) if "loss" in r]
     assert losses[-1] < losses[0]
+    health = {r["step"]: r["health"] for r in read_metrics(uninterrupted, health=True) if "health" in r}
+    assert [step for step, each in health.items() if each.get("checkpoint_waited", 0.0) > 0] == [4, 7]
+    assert [step for step, each in health.items() if "started" in each] == [1]
 
 
 def test_a_signal_ends_the_run_after_a_checkpoint(prepared, uninterrupted, tmp_path):

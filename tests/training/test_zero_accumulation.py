@@ -16,6 +16,7 @@ from test_parallel_training import COMPILED, OFFLOAD
 
 WORKER = str(Path(__file__).with_name("accumulation_worker.py"))
 FP32 = 2e-6  # a few roundings of sums of 32 numbers
+NORM = 1e-4  # one micro-batch is reduced in bf16; memory that was taken too early is off by anything
 CASES: dict[str, dict[str, Any]] = {
     **{f"zero{n}": {"zero_stage": n} for n in (1, 2, 3)},
     **{f"zero{n}_clipped": {"zero_stage": n, "clip_grad": 0.2} for n in (1, 2, 3)},
@@ -79,6 +80,7 @@ def test_micro_batches_add_up_in_fp32_on_the_reduction_stream(gpu_results, case,
 def test_backward_ends_without_a_wait_of_the_host_and_with_the_same_bits(gpu_results, case, ranks):
     result = gpu_results[ranks][f"{case}_on_{ranks}"]
     ours, theirs = result["by_stream"], result["by_host"]
+    assert max(ours["off"]) < NORM
     assert ours["norms"] == theirs["norms"] and len(set(ours["norms"])) == 6
     assert ours["weights"] == theirs["weights"]
     assert ours["waits"] == 0 and theirs["waits"] > 0
