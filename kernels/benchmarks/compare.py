@@ -4,6 +4,7 @@
 
     python kernels/benchmarks/compare.py main HEAD
     python kernels/benchmarks/compare.py HEAD . --lengths 8192 131072 --fail-above 1.03     # "." is the working tree
+    python kernels/benchmarks/compare.py /tmp/before/ .           # another checkout as it is: needs no git
 
 Each revision is unpacked into a temporary folder; this file measures both, so a change to the measuring
 code cannot pass for a change of the kernels. Runs are interleaved and change places (A B, B A, A B, ...), each in a
@@ -42,8 +43,9 @@ def fail(message: str) -> NoReturn:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("a", metavar="A", help="git revision to compare with, or . for the working tree")
-    parser.add_argument("b", metavar="B", help="git revision to look at, or . for the working tree")
+    where = "git revision, path of a checkout (with a /), or . for the working tree"
+    parser.add_argument("a", metavar="A", help=f"what to compare with: {where}")
+    parser.add_argument("b", metavar="B", help="what to look at, likewise")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each revision")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
@@ -138,9 +140,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def unpacked(revision: str, folder: Path) -> Path:
-    """A folder holding `revision`: `folder` with its files, or the working tree."""
+    """A folder holding `revision`: `folder` with its files, the working tree, or the checkout that it is a path of."""
     if revision == ".":
         return REPOSITORY
+    if "/" in revision and Path(revision).is_dir():
+        if not Path(revision, "kernels", "sparsek_kernels").is_dir():
+            fail(f"{revision}: no checkout of this project; kernels/sparsek_kernels is not in it")
+        return Path(revision).resolve()
     git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=f"{revision}: no such revision")
     packed = git("archive", "--format=tar", revision, wrong=f"cannot read the files of {revision}")
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:

@@ -85,3 +85,13 @@ def test_numbers_that_would_guard_nothing_are_refused(module, capsys, given):
     with pytest.raises(SystemExit) as ended:
         module.main(["HEAD", ".", *given.split()])
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: {given}: must be")
+
+
+def test_a_path_is_a_checkout_taken_as_it_is(module, tmp_path, capsys):
+    checkout = tmp_path / "before"
+    with pytest.raises(SystemExit):
+        module.unpacked(f"{tmp_path}/", tmp_path / "unused")
+    assert "no checkout of this project" in capsys.readouterr().err
+    (checkout / "kernels" / "sparsek_kernels").mkdir(parents=True)
+    assert module.unpacked(str(checkout), tmp_path / "unused") == checkout.resolve()
+    assert not (tmp_path / "unused").exists()

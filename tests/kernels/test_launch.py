@@ -4,7 +4,7 @@
 import pytest
 import torch
 from sparsek_kernels import launch as module
-from sparsek_kernels.launch import Launch, launch
+from sparsek_kernels.launch import Launch, Pass, launch
 
 
 class Kernel:
@@ -92,3 +92,31 @@ def test_an_interpreted_kernel_is_launched_every_time():
         made({})
         launch(kernel, (1,), (None, None), (3,), CONSTANTS)
     assert len(kernel.jit) == 4
+
+
+def test_a_pass_makes_its_launches_once_for_each_layout_and_then_passes_addresses():
+    made = []
+    kernels = [Kernel(), Kernel()]
+
+    def make(buffers):
+        made.append(buffers["x"])
+        return [Launch(kernel, (1,), ("x", "table", 5), CONSTANTS) for kernel in kernels]
+
+    run = Pass(make)
+    x = torch.zeros(64)
+    run({"x": x, "table": None})
+    run({"x": torch.ones(64), "table": None})
+    y = torch.zeros(64)
+    run({"x": y, "table": None})
+    assert len(made) == 1 and all(len(kernel.jit) == 1 for kernel in kernels)
+    assert kernels[1].direct[-1] == ((1, 1, 1), (y.data_ptr(), None, 5, 8, True))
+    others = (
+        {"x": x[1:], "table": None},  # not aligned to 16 bytes
+        {"x": x.view(8, 8).t(), "table": None},
+        {"x": x.double(), "table": None},
+        {"x": x, "table": x},
+    )
+    for count, buffers in enumerate(others, start=2):
+        run(buffers)
+        run(buffers)
+        assert len(made) == len(kernels[0].jit) == count

@@ -16,7 +16,7 @@ import torch
 from sparsek_kernels.attention.backward_key import attention_backward_key
 from sparsek_kernels.attention.backward_query import attention_backward_query
 from sparsek_kernels.attention.forward import attention_forward
-from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP, AttentionPlan
+from sparsek_kernels.attention.plan import HEAD_DIMS, MAX_GROUP, AttentionPlan, plan_for
 from sparsek_kernels.selection import Selection, score_gradient, select
 
 
@@ -31,9 +31,8 @@ def _unpack(query: torch.Tensor, key: torch.Tensor, selected: tuple) -> tuple[At
         "past": past,
         "cu_seqlens": cu_seqlens,
     }
-    return AttentionPlan(query, key, gate=gate, softmax_scale=softmax_scale, **sizes), Selection(
-        *tensors, **sizes
-    )
+    selection = Selection(*tensors, **sizes)
+    return plan_for(query, key, selection, gate=gate, softmax_scale=softmax_scale), selection
 
 
 def _attention(query, key, value, scores, *selected):
@@ -105,10 +104,10 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = torch.ops.sparsek.attention(*inputs)
-        _save(
-            ctx, inputs, output
-        )  # here: with `setup_context`, torch inspects this function's signature at every call
+        with torch._C._AutoDispatchBelowAutograd():  # else the op's own autograd is asked, which has nothing to do
+            output = torch.ops.sparsek.attention(*inputs)
+        # Here: with `setup_context`, torch inspects this function's signature at every call.
+        _save(ctx, inputs, output)
         return output
 
     @staticmethod

@@ -19,6 +19,7 @@ from sparsek_kernels.attention.tile import (
     logit_gradients,
     sequence_tile,
 )
+from sparsek_kernels.launch import Launch
 
 
 @triton.jit
@@ -180,14 +181,25 @@ def attention_backward_query(plan, query, key, value, scores, selection, out, d_
     d_query = allocate(query.shape, dtype=query.dtype, device=query.device)
     delta = allocate((b, hq, s), dtype=torch.float32, device=query.device)
     query_sum = allocate((b, plan.kv_heads, s), dtype=torch.float32, device=query.device)
-    tiling = plan.backward_query
-    tiles, grid = plan.tiles(tiling.queries)
-    attention_backward_query_kernel[(grid, b * plan.kv_heads)](
-        query, key, value, scores, selection.threshold, selection.threshold_low, selection.evict, selection.lists,
-        tiles, out, d_out, lse, d_query, delta, query_sum,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
-        s, selection.threshold.shape[2], selection.lists.shape[2], plan.kv_heads, plan.past,
-        plan.scale, plan.scale_log2, plan.floor,
-        **plan.constants(tiling), GROUP_PAD=plan.group_pad, CARRIED=plan.carried, **tiling.launch,
-    )  # fmt: skip
+    buffers = {
+        "query": query, "key": key, "value": value, "scores": scores, "tau": selection.threshold,
+        "tau_low": selection.threshold_low, "evict": selection.evict, "lists": selection.lists,
+        "tiles": plan.tiles(plan.backward_query.queries, selection.cu_seqlens), "out": out, "d_out": d_out, "lse": lse,
+        "d_query": d_query, "delta": delta, "query_sum": query_sum,
+    }  # fmt: skip
+    plan.run(_launches, buffers)
     return d_query, delta, query_sum
+
+
+def _launches(plan, x) -> list[Launch]:
+    tiling = plan.backward_query
+    strides = (stride for name in ("query", "key", "value", "d_out") for stride in x[name].stride()[:3])
+    numbers = (
+        plan.tokens, x["tau"].shape[2], x["lists"].shape[2], plan.kv_heads, plan.past,
+        plan.scale, plan.scale_log2, plan.floor,
+    )  # fmt: skip
+    constants = {
+        **plan.constants(tiling), "GROUP_PAD": plan.group_pad, "CARRIED": plan.carried, **tiling.launch
+    }  # fmt: skip
+    grid = (plan.num_tiles(tiling.queries), plan.batch * plan.kv_heads)
+    return [Launch(attention_backward_query_kernel, grid, (*x, *strides, *numbers), constants)]

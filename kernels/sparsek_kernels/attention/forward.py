@@ -24,7 +24,7 @@ from sparsek_kernels.attention.tile import (
     sequence_tile,
     store_output,
 )
-from sparsek_kernels.launch import launch
+from sparsek_kernels.launch import Launch
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "list_tiles", "kv_heads", "past"])
@@ -132,18 +132,29 @@ def attention_forward_kernel(
 
 
 def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch: scores [b, hkv, s], any strides -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.AttentionPlan`."""
+    """Launch: scores [b, hkv, s], any strides -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.plan_for`."""
     b, s, hq, d = query.shape
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
     out = allocate((b, s, hq, d), dtype=query.dtype, device=query.device)
     lse = allocate((b, hq, s), dtype=torch.float32, device=query.device)
     lists = selection.lists
-    slots, list_tiles = selection.threshold.shape[2], lists.shape[2]
-    tiling, rows = plan.forward, b * plan.kv_heads
-    tiles, grid = plan.tiles(tiling.queries)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    u_strides = (scores.stride(0), scores.stride(2), scores.stride(1))
-    thresholds = (selection.threshold, selection.threshold_low)
+    buffers = {
+        "query": query, "key": key, "value": value, "scores": scores, "tau": selection.threshold,
+        "tau_low": selection.threshold_low, "evict": selection.evict, "lists": lists,
+        "tiles": plan.tiles(plan.forward.queries, selection.cu_seqlens), "out": out, "lse": lse,
+    }  # fmt: skip
+    if plan.uniform(plan.forward):
+        buffers["gates"] = torch.empty(lists.shape, dtype=torch.float32, device=query.device)
+    plan.run(_launches, buffers)
+    return out, lse
+
+
+def _launches(plan, x) -> list[Launch]:
+    slots, list_tiles = x["tau"].shape[2], x["lists"].shape[2]
+    tiling, rows = plan.forward, plan.batch * plan.kv_heads
+    grid = (plan.num_tiles(tiling.queries), rows)
+    strides = (*x["query"].stride()[:3], *x["key"].stride()[:3], *x["value"].stride()[:3])
+    u_strides = (x["scores"].stride(0), x["scores"].stride(2), x["scores"].stride(1))
     constants = {
         **plan.constants(tiling),
         **tiling.launch,
@@ -151,26 +162,30 @@ def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch
         "CARRIED": plan.carried,
     }
     if not constants.pop("UNIFORM"):
-        tensors = (query, key, value, scores, *thresholds, selection.evict, lists, tiles, out, lse)
-        numbers = (s, slots, list_tiles, plan.kv_heads, plan.past, plan.scale_log2, plan.floor)
-        launch(attention_forward_kernel, (grid, rows), tensors, (*strides, *u_strides, *numbers), constants)
-        return out, lse
-    gates = torch.empty(lists.shape, dtype=torch.float32, device=query.device)
-    launch(
+        tensors = (
+            "query", "key", "value", "scores", "tau", "tau_low", "evict", "lists", "tiles", "out", "lse"
+        )  # fmt: skip
+        numbers = (plan.tokens, slots, list_tiles, plan.kv_heads, plan.past, plan.scale_log2, plan.floor)
+        return [Launch(attention_forward_kernel, grid, (*tensors, *strides, *u_strides, *numbers), constants)]
+    gates = Launch(
         list_gates_kernel,
         (list_tiles, rows),
-        (scores, *thresholds, lists, gates),
-        (*u_strides, slots, list_tiles, plan.kv_heads, plan.floor),
+        (
+            "scores", "tau", "tau_low", "lists", "gates",
+            *u_strides, slots, list_tiles, plan.kv_heads, plan.floor,
+        ),
         {"TOPK": plan.topk, "TOPK_PAD": triton.next_power_of_2(plan.topk)},
-    )
+    )  # fmt: skip
     del constants["LIST_TILE"]
     band_keys, band_stages = tiling.band or (tiling.keys, tiling.num_stages)
     constants.update(NEGATIVE=plan.scale_log2 < 0, BAND_KEYS=band_keys, BAND_STAGES=band_stages)
-    launch(
+    attention = Launch(
         attention_forward_uniform_kernel,
-        (grid, rows),
-        (query, key, value, gates, lists, tiles, out, lse),
-        (*strides, s, list_tiles, plan.kv_heads, plan.past, abs(plan.scale_log2)),
+        grid,
+        (
+            "query", "key", "value", "gates", "lists", "tiles", "out", "lse",
+            *strides, plan.tokens, list_tiles, plan.kv_heads, plan.past, abs(plan.scale_log2),
+        ),
         constants,
-    )
-    return out, lse
+    )  # fmt: skip
+    return [gates, attention]

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from sparsek_kernels.attention.tile import GATE_CODE
-from sparsek_kernels.selection.types import list_tile
+from sparsek_kernels.launch import Launch, Pass
+from sparsek_kernels.selection.types import Selection, list_tile
+
+Buffers = Mapping[str, torch.Tensor | None]
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -122,43 +126,60 @@ def fit(tilings: Tilings, group_pad: int, stride: int) -> Tilings:
 
 
 class AttentionPlan:
-    """Everything the launchers need besides the tensors, derived once per call from shapes and settings."""
+    """Everything the launchers need besides the tensors, derived from shapes and settings, and the launches themselves.
+
+    query     shape [b, s, hq, d]
+    keys      (E, hkv) of keys and values
+    num_seqs  packed sequences, None where unpacked
+    device    of all tensors: launches are for one
+    """
 
     def __init__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
+        query: torch.Size,
+        keys: torch.Size,
+        dtype: torch.dtype,
+        num_seqs: int | None,
         topk: int,
         window: int,
         stride: int,
         pool: int,
+        past: int,
         gate: str,
         softmax_scale: float,
-        cu_seqlens: torch.Tensor | None = None,
-        past: int = 0,
-        tilings: Tilings | None = None,
+        tilings: Tilings,
+        device: torch.device,
     ) -> None:
-        _, self.tokens, heads, self.dim = query.shape
-        self.kv_heads = key.shape[2]
+        self.batch, self.tokens, heads, self.dim = query
+        self.keys, self.kv_heads = keys
         self.group = heads // self.kv_heads
         self.group_pad = 1 << (self.group - 1).bit_length()
         self.dim_pad = padded_dim(self.dim)
         self.topk, self.window, self.stride, self.gate = topk, window, stride, gate
         self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
         self.floor = 1.0 / (pool - topk + 1)  # no selected gate is below this (kernels/README.md)
-        self.cu_seqlens = cu_seqlens
-        self.past, self.carried = past, key.shape[1] - query.shape[1]
-        self.packed = cu_seqlens is not None
+        self.past, self.carried = past, self.keys - self.tokens
+        self.num_seqs, self.packed = num_seqs, num_seqs is not None
         self.list_tile = list_tile(stride)
-        self.full_precision = query.dtype == torch.float32
+        self.full_precision = dtype == torch.float32
         # Partials take (topk + capacity) / segment rows per key; longer segments mean fewer and longer programs.
         self.segment = self.list_tile * -(-max(SEGMENT_QUERIES, 2 * topk) // self.list_tile)
         self.capacity = self.segment // 4
-        tilings = tilings or tilings_for(query.device, query.dtype, self.dim_pad)
         fitted = fit(tilings, self.group_pad, stride)
         self.forward, self.backward_query = fitted.forward, fitted.backward_query
         self.backward_survivors, self.backward_band = fitted.backward_survivors, fitted.backward_band
+        self._passes: dict[Callable, Pass] = {}
+
+    def run(self, make: Callable[[AttentionPlan, Buffers], list[Launch]], buffers: Buffers) -> None:
+        """Run the kernels that `make` launches for this plan and buffers of these names and layouts."""
+        kernels = self._passes.get(make)
+        if kernels is None:
+            kernels = self._passes[make] = Pass(partial(make, self))
+        kernels(buffers)
+
+    def uniform(self, tiling: Tiling) -> bool:
+        """Whether all queries of a tile share one refresh point."""
+        return self.list_tile == self.stride and self.stride % tiling.queries == 0
 
     def constants(self, tiling: Tiling) -> dict[str, object]:
         """Compile-time arguments every attention kernel takes."""
@@ -171,27 +192,30 @@ class AttentionPlan:
             "GROUP": self.group,
             "D": self.dim,
             "D_PAD": self.dim_pad,
-            "UNIFORM": self.list_tile == self.stride and self.stride % tiling.queries == 0,
+            "UNIFORM": self.uniform(tiling),
             "PACKED": self.packed,
             "IEEE": self.full_precision,
         }
 
-    def tiles(self, size: int) -> tuple[torch.Tensor | None, int]:
-        """(tile table of `tile.sequence_tile`, number of tiles) for tiles of `size` tokens that restart per sequence.
+    def num_tiles(self, size: int) -> int:
+        """Tiles of `size` tokens that restart per sequence; their static capacity when packed, so nothing waits for
+        the device."""
+        if self.num_seqs is None:
+            return -(-(self.past % size + self.tokens) // size)
+        return self.tokens // size + self.num_seqs
 
-        The number is the static capacity s // size + num_seqs when packed, so nothing waits for the device.
-        """
-        if self.cu_seqlens is None:
-            return None, -(-(self.past % size + self.tokens) // size)
-        bounds = self.cu_seqlens.long()
+    def tiles(self, size: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+        """Tile table of `tile.sequence_tile` for tiles of `size` tokens, None where unpacked."""
+        if cu_seqlens is None:
+            return None
+        bounds = cu_seqlens.long()
         starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
 
         def before(unit: int) -> torch.Tensor:
             count = -(-lengths // unit)
             return torch.cumsum(count, 0) - count
 
-        capacity = self.tokens // size + lengths.numel()
-        tile = torch.arange(capacity, device=bounds.device)
+        tile = torch.arange(self.num_tiles(size), device=bounds.device)
         tiles_before = before(size)
         # The last sequence that starts at or before the tile; empty sequences own no tile.
         sequence = torch.searchsorted(tiles_before + -(-lengths // size), tile, right=True)
@@ -205,4 +229,38 @@ class AttentionPlan:
             before(self.list_tile)[sequence],
             before(self.segment)[sequence],
         )
-        return torch.stack(columns, dim=1).int(), capacity
+        return torch.stack(columns, dim=1).int()
+
+
+_remembered = lru_cache(maxsize=256)(AttentionPlan)
+
+
+def plan_for(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    selection: Selection,
+    *,
+    gate: str,
+    softmax_scale: float,
+    tilings: Tilings | None = None,
+) -> AttentionPlan:
+    """The plan of a call; one that repeats gets the plan of before, whose launches cost the host less.
+
+    query [b, s, hq, d]; key [b, E, hkv, d]
+    """
+    cu_seqlens = selection.cu_seqlens
+    return _remembered(
+        query.shape,
+        key.shape[1:3],
+        query.dtype,
+        None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        selection.topk,
+        selection.window,
+        selection.stride,
+        selection.pool,
+        selection.past,
+        gate,
+        softmax_scale,
+        tilings or tilings_for(query.device, query.dtype, padded_dim(query.shape[-1])),
+        query.device,
+    )

@@ -26,6 +26,7 @@ from sparsek_kernels.attention.plan import (
     Tilings,
     install_tilings,
     padded_dim,
+    plan_for,
     tilings_for,
 )
 from sparsek_kernels.selection import select
@@ -98,16 +99,8 @@ def tune_tilings(
     best = tilings_for(device, dtype, padded_dim(head_dim))
 
     def plan_of(tilings: Tilings) -> AttentionPlan:
-        return AttentionPlan(
-            query,
-            key,
-            topk=topk,
-            window=window,
-            stride=stride,
-            pool=selection.pool,
-            gate="key_value",
-            softmax_scale=head_dim**-0.5,
-            tilings=tilings,
+        return plan_for(
+            query, key, selection, gate="key_value", softmax_scale=head_dim**-0.5, tilings=tilings
         )
 
     out, lse = attention_forward(plan_of(best), *inputs)

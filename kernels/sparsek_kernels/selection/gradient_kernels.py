@@ -6,9 +6,13 @@ Float64 sums in a fixed order, one writer per element: no atomics, bitwise repro
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from sparsek_kernels.launch import Launch, Pass
 
 from .types import Selection
 
@@ -124,54 +128,67 @@ def score_gradient_triton(
     slot_table [num_seqs + 1] int32: slots before each packed sequence; None where unpacked.
     """
     b, heads, num_keys = key_sum.shape
-    rows, length, stride = b * heads, query_sum.shape[-1], selection.stride
-    num_slots = selection.threshold.shape[-1]
-    width = min(64, triton.next_power_of_2(stride))
-    slots = max(64, min(1024, 4096 // width if stride <= 64 else 64))
-    num_blocks = num_slots // slots + 1
+    num_slots, cu = selection.threshold.shape[-1], selection.cu_seqlens
+    blocks = num_slots // _slots_of_a_block(selection.stride) + 1
     device = key_sum.device
-    prefix = torch.empty(rows, num_slots + 1, dtype=torch.float64, device=device)
-    total = torch.empty(rows, num_blocks, dtype=torch.float64, device=device)
     out = torch.empty(b, num_keys, heads, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
-    packed = selection.cu_seqlens is not None
-    cu = selection.cu_seqlens if packed else selection.fraction_size  # the latter is never read
-    num_seqs = selection.cu_seqlens.numel() - 1 if selection.cu_seqlens is not None else 1
-    key_rows, query_rows = key_sum.flatten(0, 1).contiguous(), query_sum.flatten(0, 1).contiguous()
-    slot_means[(num_blocks, rows)](
-        query_rows,
-        selection.fraction_size,
-        prefix,
-        total,
-        cu,
-        slot_table if slot_table is not None else cu,
-        num_seqs,
-        num_slots,
-        length,
-        selection.past % stride,
-        stride,
-        num_seqs.bit_length(),
-        num_blocks,
-        query_rows.stride(0),
-        SLOTS=slots,
-        WIDTH=width,
-        PACKED=packed,
-    )
-    block_prefix[(rows,)](total, num_blocks, N=1024)
-    key_gradient[(-(-num_keys // 512), rows)](
-        key_rows,
-        selection.fraction_start,
-        selection.fraction_end,
-        prefix,
-        total,
-        out,
-        num_keys,
-        num_slots,
-        num_blocks,
-        heads,
-        key_rows.stride(0),
-        SLOTS=slots,
-        BLOCK=512,
-    )
+    unused = selection.fraction_size  # in the places of tables that are never read
+    kernels = _kernels(
+        b * heads, heads, num_keys, num_slots, query_sum.shape[-1], selection.past, selection.stride,
+        None if cu is None else cu.numel() - 1, device,
+    )  # fmt: skip
+    kernels(
+        {
+            "query_sum": query_sum.contiguous(), "size": selection.fraction_size,
+            "prefix": torch.empty(b * heads, num_slots + 1, dtype=torch.float64, device=device),
+            "total": torch.empty(b * heads, blocks, dtype=torch.float64, device=device),
+            "cu": unused if cu is None else cu, "slot_table": unused if slot_table is None else slot_table,
+            "key_sum": key_sum.contiguous(), "start": selection.fraction_start, "end": selection.fraction_end,
+            "out": out,
+        }
+    )  # fmt: skip
     return out
+
+
+def _width(stride: int) -> int:
+    return 1 << min(6, (stride - 1).bit_length())
+
+
+def _slots_of_a_block(stride: int) -> int:
+    return max(64, min(1024, 4096 // _width(stride) if stride <= 64 else 64))
+
+
+@lru_cache(maxsize=256)
+def _kernels(
+    rows: int, heads: int, num_keys: int, num_slots: int, length: int, past: int, stride: int, num_seqs: int | None,
+    device: torch.device,
+) -> Pass:  # fmt: skip
+    """The three kernels; launches are for one device."""
+    slots, seqs = _slots_of_a_block(stride), 1 if num_seqs is None else num_seqs
+    blocks = num_slots // slots + 1
+
+    def launches(_buffers: object) -> list[Launch]:
+        means = Launch(
+            slot_means,
+            (blocks, rows),
+            (
+                "query_sum", "size", "prefix", "total", "cu", "slot_table",
+                seqs, num_slots, length, past % stride, stride, seqs.bit_length(), blocks, length,
+            ),
+            {"SLOTS": slots, "WIDTH": _width(stride), "PACKED": num_seqs is not None},
+        )  # fmt: skip
+        prefix = Launch(block_prefix, (rows,), ("total", blocks), {"N": 1024})
+        gradient = Launch(
+            key_gradient,
+            (-(-num_keys // 512), rows),
+            (
+                "key_sum", "start", "end", "prefix", "total", "out",
+                num_keys, num_slots, blocks, heads, num_keys,
+            ),
+            {"SLOTS": slots, "BLOCK": 512},
+        )  # fmt: skip
+        return [means, prefix, gradient]
+
+    return Pass(launches)
