@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import logging
 import math
+import os
 import shutil
 from typing import Any
 
@@ -73,7 +74,9 @@ def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machin
         try:
             return FusedAdam(groups, adam_w_mode=True, **common), "DeepSpeed FusedAdam"
         except Exception as err:  # DeepSpeed's builder raises several kinds where no compiler fits this CUDA
-            _tell(machine, "DeepSpeed FusedAdam does not build here", err, "using torch's")
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")  # DeepSpeed reads no 9.0a there
+            where = f"with TORCH_CUDA_ARCH_LIST={architectures}" if architectures else "here"
+            _tell(machine, f"DeepSpeed FusedAdam does not build {where}", err, "using torch's")
     return torch.optim.AdamW(groups, fused=True, **common), "torch fused AdamW"
 
 
