@@ -150,6 +150,8 @@ class Benchmark:
             if row.error:
                 break
             _release()
+        if trainer is not None:
+            trainer.close()
 
     def new_row(self, case: Case) -> Row:
         """What is known of a case before its measurement."""

@@ -46,6 +46,10 @@ class DeepSpeedTrainer:
             self.engine.step()
         return loss.detach()
 
+    def close(self) -> None:
+        """Let go of model and optimizer state, which DeepSpeed's hooks would hold as long as the process lives."""
+        self.engine.destroy()
+
 
 class MegatronTrainer:
     """megatron-core's DDP and distributed optimizer, gradients summed in fp32; `gradients` can be captured."""
@@ -84,6 +88,9 @@ class MegatronTrainer:
         with record_function("phase:optimizer"), record_function("part:optimizer"):
             self.optimizer.step()
         return loss
+
+    def close(self) -> None:
+        """Nothing outlives the trainer."""
 
     def _gradients(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Reduced gradients in the buffers of the wrapped model; the loss."""
