@@ -13,11 +13,10 @@ Legend: rows = tokens, h = hidden size, n = num_query_groups.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+from sparsek_kernels.launch import launch
 from torch import Tensor
 
 BLOCK_ROWS = 64
@@ -67,14 +66,18 @@ def linear_score_triton(x: Tensor, w: Tensor) -> Tensor:
     rows, hidden = x.shape
     columns = w.shape[1]
     out = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
-    kernel: Any = _linear_score_kernel
-    kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-        x, w, out, rows, hidden, columns, x.stride(0), w.stride(0),
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_HIDDEN=BLOCK_HIDDEN,
-        BLOCK_COLUMNS=max(16, triton.next_power_of_2(columns)),
-        NATIVE=x.dtype == w.dtype and x.dtype in (torch.float16, torch.bfloat16),
-    )  # fmt: skip
+    launch(
+        _linear_score_kernel,
+        (-(-rows // BLOCK_ROWS),),
+        (x, w, out),
+        (rows, hidden, columns, x.stride(0), w.stride(0)),
+        {
+            "BLOCK_ROWS": BLOCK_ROWS,
+            "BLOCK_HIDDEN": BLOCK_HIDDEN,
+            "BLOCK_COLUMNS": max(16, 1 << (columns - 1).bit_length()),
+            "NATIVE": x.dtype == w.dtype and x.dtype in (torch.float16, torch.bfloat16),
+        },
+    )
     return out
 
 
@@ -147,18 +150,21 @@ def linear_score_backward_triton(
     pieces = -(-rows // BACKWARD_ROWS)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     partials = du.new_empty(pieces, hidden, columns) if needs_dw else None
-    kernel: Any = _linear_score_backward_kernel
-    kernel[(pieces, triton.cdiv(hidden, block_hidden))](
-        x, w, du, x if dx is None else dx, du if partials is None else partials, rows, hidden, columns,
-        x.stride(0), w.stride(0),
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_HIDDEN=block_hidden,
-        BLOCK_COLUMNS=max(16, triton.next_power_of_2(columns)),
-        ROWS=BACKWARD_ROWS,
-        SPLIT=split,
-        NEEDS_DX=needs_dx,
-        NEEDS_DW=needs_dw,
-    )  # fmt: skip
+    launch(
+        _linear_score_backward_kernel,
+        (pieces, -(-hidden // block_hidden)),
+        (x, w, du, x if dx is None else dx, du if partials is None else partials),
+        (rows, hidden, columns, x.stride(0), w.stride(0)),
+        {
+            "BLOCK_ROWS": BLOCK_ROWS,
+            "BLOCK_HIDDEN": block_hidden,
+            "BLOCK_COLUMNS": max(16, 1 << (columns - 1).bit_length()),
+            "ROWS": BACKWARD_ROWS,
+            "SPLIT": split,
+            "NEEDS_DX": needs_dx,
+            "NEEDS_DW": needs_dw,
+        },
+    )
     return dx, None if partials is None else partials.sum(0).to(w.dtype)
 
 
@@ -174,23 +180,34 @@ def linear_score_torch(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., h] as [rows, h], the elements of a row side by side."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
 class _LinearScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        if x.is_cuda and x.dtype != torch.float64:
-            return linear_score_triton(x, w)
-        return linear_score_torch(x, w)
+        flat, w = _rows(x), w.contiguous()
+        in_kernel = x.is_cuda and x.dtype != torch.float64
+        scores = linear_score_triton(flat, w) if in_kernel else linear_score_torch(flat, w)
+        return scores.view(*x.shape[:-1], w.shape[1])
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (du,) = grads
         x, w = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad
-        if x.is_cuda and du.dtype == torch.float32:
-            return linear_score_backward_triton(x, w, du, needs_dx=needs_dx, needs_dw=needs_dw)
-        dx = (du @ w.to(du.dtype).t()).to(x.dtype) if needs_dx else None
-        return dx, (x.to(du.dtype).t() @ du).to(w.dtype) if needs_dw else None
+        flat, w = _rows(x), w.contiguous()
+        du = grads[0].reshape(-1, w.shape[1])
+        # With create_graph=True by torch operations, which have second derivatives.
+        if x.is_cuda and du.dtype == torch.float32 and not torch.is_grad_enabled():
+            dx, dw = linear_score_backward_triton(flat, w, du, needs_dx=needs_dx, needs_dw=needs_dw)
+        else:
+            dx = (du @ w.to(du.dtype).t()).to(x.dtype) if needs_dx else None
+            dw = (flat.to(du.dtype).t() @ du).to(w.dtype) if needs_dw else None
+        return None if dx is None else dx.view(x.shape), dw
 
 
 def linear_score(x: Tensor, w: Tensor) -> Tensor:
@@ -198,6 +215,4 @@ def linear_score(x: Tensor, w: Tensor) -> Tensor:
 
     Differentiable in both; gradients have the dtypes of x and w and are accumulated in fp32.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    return _LinearScore.apply(flat, w.contiguous()).view(*x.shape[:-1], w.shape[1])
+    return _LinearScore.apply(x, w)

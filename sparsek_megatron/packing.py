@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -51,15 +53,20 @@ def check_packed_batch(boundaries: Tensor, *, rows: int, tokens: int) -> None:
 
 def token_positions(
     length: int, boundaries: Tensor | None, device: torch.device, *, cp: int = 1, cp_rank: int = 0
-) -> Tensor:
+) -> Tensor | None:
     """Position of each of this rank's tokens [length], restarting at each packed sequence; no synchronisation.
 
-    boundaries int32 [num_seqs + 1] are global. Under context parallelism every sequence is sharded on its own, in
-    Megatron's zigzag layout.
+    None for 0 ... length - 1: whole sequences. boundaries int32 [num_seqs + 1] are global. Under context parallelism
+    every sequence is sharded on its own, in Megatron's zigzag layout.
     """
-    index = torch.arange(length, device=device)
     if boundaries is None:
-        return index if cp == 1 else shard_positions(length * cp, cp, cp_rank, device=device)
+        if cp == 1:
+            return None
+        # A tensor made in a capture holds nothing before the replay, and a remembered one may be gone by then.
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        shard = _shard_positions.__wrapped__ if captured else _shard_positions
+        return shard(length * cp, cp, cp_rank, device)
+    index = torch.arange(length, device=device)
     starts = boundaries.to(index.dtype) // cp
     sequence = (torch.searchsorted(starts, index, right=True) - 1).clamp(0, starts.numel() - 2)
     place = index - starts[sequence]
@@ -67,3 +74,10 @@ def token_positions(
         return place
     chunk = starts.diff()[sequence] // 2
     return torch.where(place < chunk, cp_rank * chunk + place, (2 * cp - 2 - cp_rank) * chunk + place)
+
+
+@functools.lru_cache(maxsize=4)
+def _shard_positions(length: int, cp: int, cp_rank: int, device: torch.device) -> Tensor:
+    """`shard_positions`, the same tensor for all layers and steps; not of inference mode, as backward may need it."""
+    with torch.inference_mode(False):
+        return shard_positions(length, cp, cp_rank, device=device)

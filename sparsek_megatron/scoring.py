@@ -34,6 +34,7 @@ from sparsek_megatron import compat
 from sparsek_megatron.config import DEFAULT_REFERENCE_LENGTH, SparseKConfig
 from sparsek_megatron.linear_score import linear_score
 from sparsek_megatron.norm import Norm
+from sparsek_megatron.position_scores import position_scores
 
 # Standard deviation of silu(z) for z ~ N(0, 1).
 SILU_STD = 0.5595
@@ -138,14 +139,16 @@ class ScoringNetwork(MegatronModule):
 
     def _summed_in_backward(self, weight: Tensor) -> Tensor:
         """Identity whose gradient is summed over the tensor-parallel group."""
+        if self.tp_group.size() == 1:
+            return weight
         return copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
 
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, positions: Tensor | None) -> Tensor:
         """Scores of the whole sequence for this rank's KV heads.
 
         hidden_states [s, b, h], or this rank's [s / tp, b, h] under sequence parallelism; positions [s] or
-        [b, s], the position of each token of the whole sequence within its (packed) sequence. Returns [b, s,
-        n / tp] (one head where n < tp) in fp32, or fp64 for fp64 input.
+        [b, s], the position of each token of the whole sequence within its (packed) sequence, None for
+        0 ... s - 1. Returns [b, s, n / tp] (one head where n < tp) in fp32, or fp64 for fp64 input.
         """
         x = hidden_states.detach() if self.sparsek.detach_hidden else hidden_states
         if self.norm is not None:
@@ -161,10 +164,18 @@ class ScoringNetwork(MegatronModule):
         scores = linear_score(x, weight)
         if sequence_parallel:
             scores = gather_from_sequence_parallel_region(scores, group=self.tp_group)
-        elif self.tp_group.size() > 1:
+        else:
             scores = self._summed_in_backward(scores)
-        scores = scores[..., self._own_heads].transpose(0, 1).contiguous()
-        return scores if self.slope is None else scores + self.position_term(positions, scores.dtype)
+        if self.slope is None:
+            return scores[..., self._own_heads].transpose(0, 1).contiguous()
+        return position_scores(
+            scores,
+            self._summed_in_backward(self.slope),
+            self.reference_length,
+            positions,
+            head_start=self.head_start,
+            num_heads=self.num_heads,
+        )
 
     def position_term(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """slope * position / L_ref of this rank's KV heads, for positions [s] or [b, s]: [s, n / tp] or [b, s, n / tp].

@@ -57,6 +57,84 @@ def test_positions_may_differ_between_rows() -> None:
     torch.testing.assert_close(got[1], network(x, rows[1])[1])
 
 
+# (KV heads, tensor-parallel size, rank): all heads on one rank, several or one a rank, one that two ranks use
+LAYOUTS = [(2, 1, 0), (1, 1, 0), (4, 2, 1), (2, 2, 1), (2, 4, 3), (1, 2, 1)]
+
+
+def own_heads(groups: int, tp: int, rank: int) -> list[int]:
+    """KV heads that Megatron gives a rank."""
+    per_rank = groups / tp
+    return sorted({int(per_rank * rank + k * min(1, per_rank)) for k in range(max(1, groups // tp))})
+
+
+@pytest.mark.parametrize("slope", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("positions", ["counted", "shared", "by row"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_and_all_gradients_match_double_precision(
+    layout: tuple[int, int, int],
+    batch: int,
+    positions: str,
+    kind: str,
+    slope: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On one rank of a group whose sum over ranks is left out: tests/distributed has it."""
+    monkeypatch.setattr(ScoringNetwork, "_summed_in_backward", lambda self, weight: weight)
+    groups, tp, rank = layout
+    config = tiny_config(num_query_groups=groups)
+    settings = SparseKConfig(topk=4, window=4, reference_length=16, scorer=kind, position_slope=slope)
+    group: Any = types.SimpleNamespace(size=lambda: tp, rank=lambda: rank)
+    network = ScoringNetwork(config, settings, tp_group=group)
+    if network.slope is not None:
+        torch.nn.init.normal_(network.slope)
+    tokens = 111
+    x = normalised(tokens, batch, 32).requires_grad_()
+    places = {
+        "counted": torch.arange(tokens),
+        "shared": torch.arange(tokens) % 40,
+        "by row": torch.arange(tokens) + 7 * torch.arange(batch)[:, None],
+    }[positions]
+    leaves = {"x": x, **dict(network.named_parameters())}
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    inside = exact["x"]
+    if kind == "mlp":
+        inside = inside @ exact["hidden_weight"]
+        inside = inside * torch.sigmoid(inside)
+    want = torch.einsum("sbh,hn->bsn", inside, exact["weight"])
+    if slope:
+        want = want + exact["slope"] * (places.double() / 16).expand(batch, tokens)[..., None]
+    want = want[..., own_heads(*layout)]
+    got = network(x, None if positions == "counted" else places)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    d_out = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(got, list(leaves.values()), d_out)
+    exact_gradients = torch.autograd.grad(want, list(exact.values()), d_out.double())
+    for name, gradient, wanted in zip(leaves, gradients, exact_gradients, strict=True):
+        assert gradient.dtype == torch.float32, name
+        assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
+def nodes(tensor: torch.Tensor) -> list[str]:
+    """Names of the autograd nodes behind a tensor, parameters' left out."""
+    found, waiting = [], [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node.name() != "torch::autograd::AccumulateGrad":
+            found.append(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def test_a_rank_on_its_own_scores_in_two_autograd_nodes() -> None:
+    x = normalised(7, 1, 32)
+    assert nodes(scorer()(x, None)) == ["_PositionScoresBackward", "_LinearScoreBackward"]
+    plain = scorer(position_slope=False)(x, None)
+    assert nodes(plain)[-1] == "_LinearScoreBackward" and plain._is_view() and plain.is_contiguous()
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("spread", [0.5, 1.0, 3.0])
 def test_initial_scores_have_the_configured_spread(kind: str, spread: float) -> None:
@@ -149,6 +227,14 @@ def test_triton_and_torch_scores_agree_and_match_double_precision(shape: tuple[i
 def test_linear_score_gradients() -> None:
     x = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linear_score, (x, w))
+    assert torch.autograd.gradgradcheck(linear_score, (x, w))
+
+
+def test_linear_score_of_strided_inputs() -> None:
+    x = torch.randn(9, 4, 6, dtype=torch.float64).transpose(0, 2)[..., :5].requires_grad_()
+    w = torch.randn(3, 5, dtype=torch.float64).t().requires_grad_()
+    assert torch.equal(linear_score(x, w), linear_score(x.detach().contiguous(), w.detach().contiguous()))
     assert torch.autograd.gradcheck(linear_score, (x, w))
 
 
