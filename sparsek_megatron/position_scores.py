@@ -171,8 +171,9 @@ class _PositionScores(torch.autograd.Function):
         ctx, scores: Tensor, slope: Tensor, length: Tensor, positions: Tensor | None, start: int, own: int
     ) -> Tensor:
         slope = slope.contiguous()
-        ctx.save_for_backward(slope, length, positions)
-        ctx.start = start
+        ctx.save_for_backward(slope, positions)
+        # Not saved as they are: Megatron's captured layers write a buffer's own value over it before backward.
+        ctx.length, ctx.start = length, start
         if scores.is_cuda and scores.dtype == torch.float32:
             return position_scores_triton(scores.contiguous(), slope, length, positions, start, own)
         mine = slice(start, start + own)
@@ -182,7 +183,7 @@ class _PositionScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
-        slope, length, positions = ctx.saved_tensors
+        (slope, positions), length = ctx.saved_tensors, ctx.length
         needs_scores, needs_slope = ctx.needs_input_grad[:2]
         # With create_graph=True by torch operations, which have second derivatives.
         if d_out.is_cuda and d_out.dtype == torch.float32 and not torch.is_grad_enabled():

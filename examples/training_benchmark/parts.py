@@ -31,7 +31,7 @@ _KERNELS = (
 )  # fmt: skip
 # Ranges and autograd nodes, matched against the operations around a launch from the innermost outwards.
 _RANGES = (
-    ("scoring", r"^part:scoring|_LinearScoreBackward"),
+    ("scoring", r"^part:scoring|_(LinearScore|PositionScores)Backward"),
     ("selection", r"sparsek::(select|score)"),
     (
         "attention",

@@ -167,3 +167,14 @@ def test_gradients_in_double_precision(heads: int, first: int, own: int, kind: s
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_a_buffer_that_is_written_over_with_its_own_value_before_backward() -> None:
+    """As Megatron's captured layers do with the reference length."""
+    scores, slope, _ = inputs(63, 1, 4, "counted")
+    length = LENGTH.clone()
+    leaves = [scores.requires_grad_(), slope.requires_grad_()]
+    out = position_scores(scores, slope, length, None, head_start=0, num_heads=4)
+    length.copy_(LENGTH)
+    gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.testing.assert_close(gradients[1], torch.full((4,), float(torch.arange(63).sum()) / 4096))

@@ -27,6 +27,7 @@ from sparsek_megatron.context_parallel.exchange import StartFromEarlierChunks
 from sparsek_megatron.context_parallel.ulysses import _AllToAll
 from sparsek_megatron.linear_score import _LinearScore
 from sparsek_megatron.memory.linear_cross_entropy import _LinearCrossEntropy
+from sparsek_megatron.position_scores import _PositionScores
 from sparsek_megatron.training.parallel import Machine
 
 NODE = "autograd::engine::evaluate_function: "
@@ -90,6 +91,7 @@ def test_a_kernel_belongs_to_the_innermost_operation_that_says_what_it_is(kernel
         (StartFromEarlierChunks, "attention", "exchange"),
         (_AllToAll, "attention", "exchange"),
         (_LinearScore, "scoring", "exchange"),
+        (_PositionScores, "scoring", "exchange"),
         (_LinearCrossEntropy, "loss", "communication"),
         (AsyncColumn, "linear", "communication"),
         (AsyncRow, "linear", "communication"),
