@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -62,10 +60,7 @@ def token_positions(
     if boundaries is None:
         if cp == 1:
             return None
-        # A tensor made in a capture holds nothing before the replay, and a remembered one may be gone by then.
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        shard = _shard_positions.__wrapped__ if captured else _shard_positions
-        return shard(length * cp, cp, cp_rank, device)
+        return shard_positions(length * cp, cp, cp_rank, device=device)
     index = torch.arange(length, device=device)
     starts = boundaries.to(index.dtype) // cp
     sequence = (torch.searchsorted(starts, index, right=True) - 1).clamp(0, starts.numel() - 2)
@@ -74,10 +69,3 @@ def token_positions(
         return place
     chunk = starts.diff()[sequence] // 2
     return torch.where(place < chunk, cp_rank * chunk + place, (2 * cp - 2 - cp_rank) * chunk + place)
-
-
-@functools.lru_cache(maxsize=4)
-def _shard_positions(length: int, cp: int, cp_rank: int, device: torch.device) -> Tensor:
-    """`shard_positions`, the same tensor for all layers and steps; not of inference mode, as backward may need it."""
-    with torch.inference_mode(False):
-        return shard_positions(length, cp, cp_rank, device=device)

@@ -120,17 +120,17 @@ def _position_scores_backward_kernel(
 
 def position_scores_backward_triton(
     d_out: Tensor,
-    slope: Tensor,
     length: Tensor,
     positions: Tensor | None,
     head_start: int,
+    heads: int,
+    slope_dtype: torch.dtype,
     *,
     needs_scores: bool = True,
     needs_slope: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for d_out [b, s, m] fp32: (d_scores [s, b, n] fp32, d_slope [n] like slope)."""
+    """Gradients for d_out [b, s, m] fp32, of n = `heads`: (d_scores [s, b, n] fp32, d_slope [n])."""
     batch, tokens, own = d_out.shape
-    heads = slope.shape[0]
     columns = 1 << (heads - 1).bit_length()
     block = max(1, BACKWARD_TILE // columns)
     grid = (-(-tokens // block), batch)
@@ -150,7 +150,7 @@ def position_scores_backward_triton(
             "NEEDS_SLOPE": needs_slope,
         },
     )
-    return d_scores, None if partials is None else partials.sum(0).to(slope.dtype)
+    return d_scores, None if partials is None else partials.sum(0).to(slope_dtype)
 
 
 def _strides(positions: Tensor | None, batch: int, tokens: int) -> tuple[int, ...]:
@@ -171,9 +171,10 @@ class _PositionScores(torch.autograd.Function):
         ctx, scores: Tensor, slope: Tensor, length: Tensor, positions: Tensor | None, start: int, own: int
     ) -> Tensor:
         slope = slope.contiguous()
-        ctx.save_for_backward(slope, positions)
-        # Not saved as they are: Megatron's captured layers write a buffer's own value over it before backward.
-        ctx.length, ctx.start = length, start
+        ctx.save_for_backward(positions)
+        # The buffer is not saved: Megatron's captured layers write its own value over it before backward. Of the slope
+        # nothing is needed but what it is like; its storage may be gone by then.
+        ctx.length, ctx.start, ctx.heads, ctx.slope_dtype = length, start, slope.shape[0], slope.dtype
         if scores.is_cuda and scores.dtype == torch.float32:
             return position_scores_triton(scores.contiguous(), slope, length, positions, start, own)
         mine = slice(start, start + own)
@@ -183,24 +184,25 @@ class _PositionScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
-        (slope, positions), length = ctx.saved_tensors, ctx.length
+        (positions,), length, heads = ctx.saved_tensors, ctx.length, ctx.heads
         needs_scores, needs_slope = ctx.needs_input_grad[:2]
         # With create_graph=True by torch operations, which have second derivatives.
         if d_out.is_cuda and d_out.dtype == torch.float32 and not torch.is_grad_enabled():
             gradients = position_scores_backward_triton(
-                d_out, slope, length, positions, ctx.start, needs_scores=needs_scores, needs_slope=needs_slope
-            )
+                d_out, length, positions, ctx.start, heads, ctx.slope_dtype,
+                needs_scores=needs_scores, needs_slope=needs_slope,
+            )  # fmt: skip
             return *gradients, None, None, None, None
         batch, tokens, own = d_out.shape
         mine = slice(ctx.start, ctx.start + own)
         d_scores = d_slope = None
         if needs_scores:
-            d_scores = d_out.new_zeros(tokens, batch, slope.shape[0])
+            d_scores = d_out.new_zeros(tokens, batch, heads)
             d_scores[..., mine] = d_out.transpose(0, 1)
         if needs_slope:
-            d_slope = torch.zeros_like(slope)
+            d_slope = d_out.new_zeros(heads, dtype=ctx.slope_dtype)
             relative = _relative(positions, length, tokens, d_out.dtype).double()
-            d_slope[mine] = (d_out * relative).sum((0, 1)).to(slope.dtype)
+            d_slope[mine] = (d_out * relative).sum((0, 1)).to(ctx.slope_dtype)
         return d_scores, d_slope, None, None, None, None
 
 
@@ -216,7 +218,7 @@ def position_scores(
     """Heads head_start ... head_start + num_heads - 1 of scores [s, b, n] plus slope * position / L_ref: [b, s, m].
 
     scores fp32 or fp64, whose dtype the result has; slope [n] in any float type; reference_length the int64 scalar
-    L_ref on the same device; positions [s] or [b, s], None for 0 ... s - 1. Contiguous.
+    L_ref on the same device; positions [s] or [b, s], None for 0 ... s - 1. The result is contiguous.
 
     Differentiable in scores and slope, with zeros for other ranks' heads. The slope's gradient is accumulated in
     fp64: the gradients of scores that share a threshold sum to zero, so that most of it cancels.

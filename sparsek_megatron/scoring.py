@@ -168,6 +168,20 @@ class ScoringNetwork(MegatronModule):
             scores = self._summed_in_backward(scores)
         if self.slope is None:
             return scores[..., self._own_heads].transpose(0, 1).contiguous()
+        return self._with_positions(scores, positions)
+
+    def position_term(self, length: int) -> Tensor:
+        """slope * position / L_ref of this rank's KV heads for positions 0 ... length - 1: [1, length, n / tp] fp32.
+
+        For a scorer with `position_slope`.
+        """
+        assert self.slope is not None
+        nothing = torch.zeros(length, 1, self.slope.shape[0], device=self.slope.device)
+        return self._with_positions(nothing, None)
+
+    def _with_positions(self, scores: Tensor, positions: Tensor | None) -> Tensor:
+        """This rank's heads of scores [s, b, n] and the position term: [b, s, n / tp]."""
+        assert self.slope is not None
         return position_scores(
             scores,
             self._summed_in_backward(self.slope),
@@ -176,15 +190,6 @@ class ScoringNetwork(MegatronModule):
             head_start=self.head_start,
             num_heads=self.num_heads,
         )
-
-    def position_term(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """slope * position / L_ref of this rank's KV heads, for positions [s] or [b, s]: [s, n / tp] or [b, s, n / tp].
-
-        For a scorer with `position_slope`.
-        """
-        assert self.slope is not None
-        slope = self._summed_in_backward(self.slope)[self._own_heads].to(dtype)
-        return (positions.to(dtype) / self.reference_length)[..., None] * slope
 
     @property
     def _own_heads(self) -> slice:

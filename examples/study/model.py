@@ -55,7 +55,7 @@ class StudySelfAttention(SparseKSelfAttention):
         scorer = self.scorer
         if scorer.slope is None:
             return torch.zeros(1, length, 1, device=device)
-        return scorer.position_term(torch.arange(length, device=device), torch.float32)[None]
+        return scorer.position_term(length)
 
 
 class KeyScoreCoreAttention(SparseKCoreAttention):

@@ -45,55 +45,40 @@ class Launch:
             self.compiled = compiled[(*self.grid, 1, 1)[:3]]
 
 
-class Pass:
-    """Kernels over buffers of fixed shapes, one after another; their launches are made once for each layout of these.
+Named = Mapping[str, Any]
+"""Tensors of a call by name; None where a kernel takes none."""
 
-    make  the launches for named buffers (tensors, or None where a kernel's argument is): called with the first ones of
-          each layout, which is every buffer's dtype, strides and alignment
+
+class Pass:
+    """Kernels one after another; their launches are made once for each layout of the buffers.
+
+    A layout is the dtype, strides and alignment of every buffer. Their shapes and device, and every number that `make`
+    gives a kernel, must follow from it and from what the pass itself is remembered by.
+
+    make  (what the numbers are from, buffers) -> launches
     """
 
-    def __init__(self, make: Callable[[Mapping[str, torch.Tensor | None]], list[Launch]]) -> None:
+    LAYOUTS = 64
+    """Layouts that a pass knows; it starts over when they are more."""
+
+    def __init__(self, make: Callable[[Any, Named], list[Launch]]) -> None:
         self._make = make
         self._made: dict[tuple, list[Launch]] = {}
 
-    def __call__(self, buffers: Mapping[str, torch.Tensor | None]) -> None:
+    def __call__(self, sizes: Any, buffers: Named) -> None:
         layout = tuple(
             [None if x is None else (x.dtype, x.stride(), x.data_ptr() % 16) for x in buffers.values()]
         )
         launches = self._made.get(layout)
         if launches is None:
-            launches = self._made[layout] = self._make(buffers)
+            if len(self._made) >= self.LAYOUTS:
+                self._made.clear()
+            launches = self._made[layout] = self._make(sizes, buffers)
         arguments: Mapping[str, torch.Tensor | int | None] = buffers
         if launches[-1].compiled is not None:
             arguments = {name: None if x is None else x.data_ptr() for name, x in buffers.items()}
         for launch in launches:
             launch(arguments)
-
-
-class Parts:
-    """Buffers that lie one after the other in one allocation, each at a multiple of `align` bytes."""
-
-    def __init__(self, align: int = 1, **counts: tuple[torch.dtype, int]) -> None:
-        self.at: dict[str, tuple[int, torch.dtype, int]] = {}
-        self.bytes = 0
-        for name, (dtype, count) in counts.items():
-            self.at[name] = (self.bytes, dtype, count)
-            self.bytes += -(-count * dtype.itemsize // align) * align
-
-    def view(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        first, dtype, count = self.at[name]
-        return tensor.view(-1).view(torch.uint8)[first : first + count * dtype.itemsize].view(dtype)
-
-    def add(self, buffers: dict[str, Any], tensor: torch.Tensor, addresses: bool) -> None:
-        """The buffers in `tensor`: as views for Triton to compile with; as addresses once it has, which cost the host
-        less."""
-        if addresses:
-            start = tensor.data_ptr()
-            for name, (first, _, _) in self.at.items():
-                buffers[name] = start + first
-        else:
-            for name in self.at:
-                buffers[name] = self.view(tensor, name)
 
 
 REMEMBERED = 1024
@@ -109,6 +94,9 @@ def launch(
     constants: dict[str, Any],
 ) -> None:
     """`kernel[grid](*tensors, *numbers, **constants)`, at less cost to the host when it repeats."""
+    if torch.compiler.is_compiling():  # it knows Triton's own launches, and no addresses
+        kernel[grid](*tensors, *numbers, **constants)
+        return
     kinds = [None if x is None else (x.dtype, x.data_ptr() % 16, x.get_device()) for x in tensors]
     key = (kernel.fn, grid, numbers, *kinds, *constants.values())
     known = _remembered.get(key)

@@ -93,7 +93,11 @@ def mean_and_margin(values: Sequence[float]) -> tuple[float, float | None]:
     freedom = len(values) - 1
     if not freedom:
         return values[0], None
-    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else NormalDist().inv_cdf(0.975)
+    if freedom <= len(_STUDENT):
+        quantile = _STUDENT[freedom - 1]
+    else:  # its expansion about the normal distribution's (Cornish and Fisher): within 0.0002 from here on
+        z = NormalDist().inv_cdf(0.975)
+        quantile = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 

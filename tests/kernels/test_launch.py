@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remembered launches: the compiled kernel gets what the JIT got, and only calls that it was compiled for."""
 
+from functools import partial
+
 import pytest
 import torch
 from sparsek_kernels import launch as module
@@ -98,11 +100,11 @@ def test_a_pass_makes_its_launches_once_for_each_layout_and_then_passes_addresse
     made = []
     kernels = [Kernel(), Kernel()]
 
-    def make(buffers):
+    def make(number, buffers):
         made.append(buffers["x"])
-        return [Launch(kernel, (1,), ("x", "table", 5), CONSTANTS) for kernel in kernels]
+        return [Launch(kernel, (1,), ("x", "table", number), CONSTANTS) for kernel in kernels]
 
-    run = Pass(make)
+    run = partial(Pass(make), 5)
     x = torch.zeros(64)
     run({"x": x, "table": None})
     run({"x": torch.ones(64), "table": None})
@@ -120,3 +122,21 @@ def test_a_pass_makes_its_launches_once_for_each_layout_and_then_passes_addresse
         run(buffers)
         run(buffers)
         assert len(made) == len(kernels[0].jit) == count
+
+
+def test_a_pass_starts_over_when_it_knows_too_many_layouts(monkeypatch):
+    monkeypatch.setattr(Pass, "LAYOUTS", 2)
+    kernel, x = Kernel(), torch.zeros(64)
+    run = Pass(lambda _, buffers: [Launch(kernel, (1,), ("x", None, 5), CONSTANTS)])
+    for step in (1, 2, 3, 3, 1):
+        run(None, {"x": x[::step]})
+    assert (len(kernel.jit), len(kernel.direct)) == (4, 1)
+    assert len(run._made) == 2
+
+
+def test_a_compiler_gets_the_kernels_own_launch(monkeypatch):
+    kernel, x = Kernel(), torch.zeros(64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for _ in range(2):
+        launch(kernel, (1,), (x, None), (16,), CONSTANTS)
+    assert (len(kernel.jit), len(kernel.direct)) == (2, 0)

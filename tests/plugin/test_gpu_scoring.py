@@ -144,3 +144,26 @@ def test_no_scoring_call_waits_for_the_device() -> None:
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_strided_inputs_give_the_bits_of_contiguous_ones() -> None:
+    """Every other hidden value, transposed weights, scores cut out of more heads, every other slope."""
+    scores, slope, length = position_inputs(333, 2, 8)
+    x, w = torch.randn(333, 2, 128, device="cuda")[..., ::2], torch.randn(3, 64, device="cuda").t()
+    cases = (
+        (linear_score, (x, w)),
+        (
+            lambda scores, slope: position_scores(scores, slope, length, None, head_start=1, num_heads=2),
+            (scores[..., 2:6], slope[::2]),
+        ),
+    )
+    for function, strided in cases:
+        assert not any(each.is_contiguous() for each in strided)
+        found = []
+        for inputs in (strided, [each.contiguous() for each in strided]):
+            leaves = [each.detach().requires_grad_() for each in inputs]
+            out = function(*leaves)
+            found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)

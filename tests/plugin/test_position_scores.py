@@ -62,7 +62,7 @@ def test_kernel_and_torch_path_match_double_precision(
     scores, slope = scores.detach(), slope.detach()
     in_kernel = (
         position_scores_triton(scores, slope, LENGTH, positions, first, own),
-        *position_scores_backward_triton(d_out, slope, LENGTH, positions, first),
+        *position_scores_backward_triton(d_out, LENGTH, positions, first, slope.shape[0], slope.dtype),
     )
     for got, d_scores, d_slope in (in_torch, in_kernel):
         assert d_scores is not None and d_slope is not None
@@ -84,7 +84,8 @@ def test_a_slope_in_half_precision_has_a_gradient_that_is_rounded_once(dtype: to
     (in_torch,) = torch.autograd.grad(out.sum(), slope)
     slope = slope.detach()
     kernel = position_scores_triton(scores, slope, LENGTH, None, 0, 4)
-    _, in_kernel = position_scores_backward_triton(torch.ones_like(kernel), slope, LENGTH, None, 0)
+    d_out = torch.ones_like(kernel)
+    _, in_kernel = position_scores_backward_triton(d_out, LENGTH, None, 0, slope.shape[0], slope.dtype)
     for got in (out, kernel):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
     assert torch.equal(in_torch, want_slope) and in_kernel is not None and torch.equal(in_kernel, want_slope)
@@ -99,7 +100,7 @@ def test_a_slopes_gradient_survives_cancellation() -> None:
     want = (d_out.double() * (place.double() / 4096)).sum((0, 1))
     out = position_scores(scores, slope.requires_grad_(), LENGTH, None, head_start=0, num_heads=2)
     (in_torch,) = torch.autograd.grad(out, slope, d_out)
-    _, in_kernel = position_scores_backward_triton(d_out, slope.detach(), LENGTH, None, 0)
+    _, in_kernel = position_scores_backward_triton(d_out, LENGTH, None, 0, slope.shape[0], slope.dtype)
     for got in (in_torch, in_kernel):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)  # pyright: ignore
 
@@ -117,12 +118,12 @@ def test_a_tokens_bits_do_not_depend_on_the_tokens_beside_it() -> None:
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
     scores, slope, positions = inputs(111, 2, 6, "by row")
     d_out = torch.randn(2, 111, 3)
-    d_scores, d_slope = position_scores_backward_triton(d_out, slope, LENGTH, positions, 2)
+    d_scores, d_slope = position_scores_backward_triton(d_out, LENGTH, positions, 2, slope.shape[0], slope.dtype)
     some = {"needs_scores": False}
-    alone = position_scores_backward_triton(d_out, slope, LENGTH, positions, 2, **some)
+    alone = position_scores_backward_triton(d_out, LENGTH, positions, 2, slope.shape[0], slope.dtype, **some)
     assert alone[0] is None and torch.equal(alone[1], d_slope)  # pyright: ignore
     some = {"needs_slope": False}
-    alone = position_scores_backward_triton(d_out, slope, LENGTH, positions, 2, **some)
+    alone = position_scores_backward_triton(d_out, LENGTH, positions, 2, slope.shape[0], slope.dtype, **some)
     assert alone[1] is None and torch.equal(alone[0], d_scores)  # pyright: ignore
     for leaf in (scores, slope):
         leaf.requires_grad_()
@@ -139,7 +140,7 @@ def test_the_gradient_of_the_scores_is_a_tensor_of_its_own(batch: int) -> None:
     out = position_scores(scores.requires_grad_(), slope, LENGTH, None, head_start=0, num_heads=1)
     for d_out in (torch.ones_like(out), torch.ones(()).expand_as(out)):
         (in_torch,) = torch.autograd.grad(out, scores, d_out, retain_graph=True)
-        in_kernel, _ = position_scores_backward_triton(d_out, slope, LENGTH, None, 0)
+        in_kernel, _ = position_scores_backward_triton(d_out, LENGTH, None, 0, slope.shape[0], slope.dtype)
         for got in (in_torch, in_kernel):
             assert got is not None and got.is_contiguous() and (got == 1).all()
             got.add_(1)
@@ -149,8 +150,8 @@ def test_the_gradient_of_the_scores_is_a_tensor_of_its_own(batch: int) -> None:
 def test_an_incoming_gradient_may_have_strides() -> None:
     scores, slope, _ = inputs(63, 2, 3, "counted")
     d_out = torch.randn(2, 3, 63).transpose(1, 2)
-    strided = position_scores_backward_triton(d_out, slope, LENGTH, None, 0)
-    plain = position_scores_backward_triton(d_out.contiguous(), slope, LENGTH, None, 0)
+    strided = position_scores_backward_triton(d_out, LENGTH, None, 0, slope.shape[0], slope.dtype)
+    plain = position_scores_backward_triton(d_out.contiguous(), LENGTH, None, 0, slope.shape[0], slope.dtype)
     assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))  # pyright: ignore
     out = position_scores(scores.requires_grad_(), slope, LENGTH, None, head_start=0, num_heads=3)
     assert torch.equal(torch.autograd.grad(out, scores, d_out)[0], plain[0])  # pyright: ignore
@@ -169,12 +170,14 @@ def test_gradients_in_double_precision(heads: int, first: int, own: int, kind: s
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_a_buffer_that_is_written_over_with_its_own_value_before_backward() -> None:
-    """As Megatron's captured layers do with the reference length."""
+def test_what_is_written_over_or_released_before_backward_is_not_missed() -> None:
+    """The reference length as Megatron's captured layers do it, the slope as ZeRO-3 does."""
     scores, slope, _ = inputs(63, 1, 4, "counted")
     length = LENGTH.clone()
     leaves = [scores.requires_grad_(), slope.requires_grad_()]
     out = position_scores(scores, slope, length, None, head_start=0, num_heads=4)
     length.copy_(LENGTH)
+    with torch.no_grad():
+        slope.zero_()
     gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
     torch.testing.assert_close(gradients[1], torch.full((4,), float(torch.arange(63).sum()) / 4096))

@@ -111,7 +111,7 @@ def test_the_interval_is_students():
     assert mean_and_margin([3.0]) == (3.0, None)
     assert mean_and_margin([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
     assert mean_and_margin([1.0, 3.0]) == pytest.approx((2.0, 12.706))
-    assert mean_and_margin([0.0, 2.0] * 16)[1] == pytest.approx(1.960 * math.sqrt(32 / 31) / math.sqrt(32), rel=1e-4)
+    assert mean_and_margin([0.0, 2.0] * 16)[1] == pytest.approx(2.0395 * math.sqrt(32 / 31) / math.sqrt(32), rel=1e-4)
     assert mean_and_margin([0.0, 2.0] * 15 + [1.0])[1] == pytest.approx(2.042 / math.sqrt(31))
 
 

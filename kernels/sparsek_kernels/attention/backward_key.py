@@ -9,19 +9,20 @@ meet.
 """
 
 import torch
-import triton
 
 from sparsek_kernels.attention.backward_band import attention_backward_band_kernel
 from sparsek_kernels.attention.backward_survivors import attention_backward_survivors_kernel
+from sparsek_kernels.attention.plan import AttentionPlan
 from sparsek_kernels.attention.segments import collect_partials_kernel, index_segments_kernel
-from sparsek_kernels.launch import Launch
+from sparsek_kernels.launch import Launch, Named
+from sparsek_kernels.selection.plan import power_of_2
 
 ENTRIES = (
     16  # list entries per program of the collecting kernel: few enough that one long chain delays few others
 )
 
 
-def attention_backward_key(plan, query, key, value, scores, selection, d_out, lse, delta):
+def attention_backward_key(plan: AttentionPlan, query, key, value, scores, selection, d_out, lse, delta):
     """-> (d_key, d_value [b, E, hkv, d], key_sum [b, hkv, E] fp32), carried keys included."""
     rows, topk, capacity, device = plan.batch * plan.kv_heads, plan.topk, plan.capacity, key.device
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
@@ -49,7 +50,7 @@ def attention_backward_key(plan, query, key, value, scores, selection, d_out, ls
     return d_key, d_value, key_sum
 
 
-def _launches(plan, x) -> list[Launch]:
+def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
     rows, topk, capacity, segments = plan.batch * plan.kv_heads, plan.topk, plan.capacity, x["link"].shape[1]
     recent = plan.window + plan.stride - 1
     pool = plan.carried - recent if plan.carried else 0  # carried keys that left the window before
@@ -66,8 +67,8 @@ def _launches(plan, x) -> list[Launch]:
         (segments, rows),
         ("scores", "evict", "lists", "segment_tiles", "entrants", "entrant_count", "key_row", "link", *lengths),
         {
-            **bookkeeping, "POOL": pool, "TOPK_PAD": triton.next_power_of_2(topk),
-            "SEGMENT_PAD": triton.next_power_of_2(plan.segment),
+            **bookkeeping, "POOL": pool, "TOPK_PAD": power_of_2(topk),
+            "SEGMENT_PAD": power_of_2(plan.segment),
         },
     )  # fmt: skip
 
@@ -77,7 +78,7 @@ def _launches(plan, x) -> list[Launch]:
         plan.tokens, plan.past, slots, segments, plan.kv_heads, plan.scale, plan.scale_log2, plan.floor,
     )  # fmt: skip
     tiling = plan.backward_survivors
-    blocks = triton.cdiv(topk, tiling.keys) + triton.cdiv(capacity, tiling.keys)
+    blocks = -(-topk // tiling.keys) + -(-capacity // tiling.keys)
     survivors = Launch(
         attention_backward_survivors_kernel,
         (segments * blocks, rows),
@@ -89,7 +90,7 @@ def _launches(plan, x) -> list[Launch]:
     )  # fmt: skip
     collect = Launch(
         collect_partials_kernel,
-        (segments * triton.cdiv(topk, ENTRIES), rows),
+        (segments * -(-topk // ENTRIES), rows),
         ("evict", "lists", "segment_tiles", "key_row", "link", "part_k", "part_v", "part_gate", *lengths),
         {**bookkeeping, "D": plan.dim, "D_PAD": plan.dim_pad, "ENTRIES": ENTRIES},
     )  # fmt: skip
@@ -103,7 +104,7 @@ def _launches(plan, x) -> list[Launch]:
         first = oldest * tiling.keys - plan.past
     band = Launch(
         attention_backward_band_kernel,
-        (blocks + triton.cdiv(pool, tiling.keys), rows),
+        (blocks - (-pool // tiling.keys), rows),
         (
             *inputs, "band_tiles", "d_out", "lse", "delta", "entrant_count", "key_row", "part_k", "part_v", "part_gate",
             "d_key", "d_value", "key_sum", *numbers, blocks, first,

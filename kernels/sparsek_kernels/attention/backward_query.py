@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.attention.plan import AttentionPlan
 from sparsek_kernels.attention.tile import (
     clamp_gate,
     gated_logits,
@@ -19,7 +20,7 @@ from sparsek_kernels.attention.tile import (
     logit_gradients,
     sequence_tile,
 )
-from sparsek_kernels.launch import Launch
+from sparsek_kernels.launch import Launch, Named
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def attention_backward_query_kernel(
     tl.store(QUERY_SUM + bh * tokens + own_token, gate_sum, mask=own_ok)
 
 
-def attention_backward_query(plan, query, key, value, scores, selection, out, d_out, lse):
+def attention_backward_query(plan: AttentionPlan, query, key, value, scores, selection, out, d_out, lse):
     """Launch -> (d_query [b, s, hq, d], delta [b, hq, s] fp32, query_sum [b, hkv, s] fp32)."""
     b, s, hq, _ = query.shape
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
@@ -191,7 +192,7 @@ def attention_backward_query(plan, query, key, value, scores, selection, out, d_
     return d_query, delta, query_sum
 
 
-def _launches(plan, x) -> list[Launch]:
+def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
     tiling = plan.backward_query
     strides = (stride for name in ("query", "key", "value", "d_out") for stride in x[name].stride()[:3])
     numbers = (

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.attention.forward_uniform import attention_forward_uniform_kernel, list_gates_kernel
+from sparsek_kernels.attention.plan import AttentionPlan
 from sparsek_kernels.attention.tile import (
     LOGIT,
     absorb,
@@ -24,7 +25,8 @@ from sparsek_kernels.attention.tile import (
     sequence_tile,
     store_output,
 )
-from sparsek_kernels.launch import Launch
+from sparsek_kernels.launch import Launch, Named
+from sparsek_kernels.selection.plan import power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "list_tiles", "kv_heads", "past"])
@@ -131,7 +133,7 @@ def attention_forward_kernel(
     )  # fmt: skip
 
 
-def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(plan: AttentionPlan, query, key, value, scores, selection) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch: scores [b, hkv, s], any strides -> out [b, s, hq, d], lse [b, hq, s]. Sizes from `plan.plan_for`."""
     b, s, hq, d = query.shape
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
@@ -149,7 +151,7 @@ def attention_forward(plan, query, key, value, scores, selection) -> tuple[torch
     return out, lse
 
 
-def _launches(plan, x) -> list[Launch]:
+def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
     slots, list_tiles = x["tau"].shape[2], x["lists"].shape[2]
     tiling, rows = plan.forward, plan.batch * plan.kv_heads
     grid = (plan.num_tiles(tiling.queries), rows)
@@ -174,7 +176,7 @@ def _launches(plan, x) -> list[Launch]:
             "scores", "tau", "tau_low", "lists", "gates",
             *u_strides, slots, list_tiles, plan.kv_heads, plan.floor,
         ),
-        {"TOPK": plan.topk, "TOPK_PAD": triton.next_power_of_2(plan.topk)},
+        {"TOPK": plan.topk, "TOPK_PAD": power_of_2(plan.topk)},
     )  # fmt: skip
     del constants["LIST_TILE"]
     band_keys, band_stages = tiling.band or (tiling.keys, tiling.num_stages)

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
 from sparsek_kernels.attention.tile import GATE_CODE
-from sparsek_kernels.launch import Launch, Pass
+from sparsek_kernels.launch import Launch, Named, Pass
 from sparsek_kernels.selection.types import Selection, list_tile
-
-Buffers = Mapping[str, torch.Tensor | None]
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -170,12 +168,12 @@ class AttentionPlan:
         self.backward_survivors, self.backward_band = fitted.backward_survivors, fitted.backward_band
         self._passes: dict[Callable, Pass] = {}
 
-    def run(self, make: Callable[[AttentionPlan, Buffers], list[Launch]], buffers: Buffers) -> None:
-        """Run the kernels that `make` launches for this plan and buffers of these names and layouts."""
+    def run(self, make: Callable[[AttentionPlan, Named], list[Launch]], buffers: Named) -> None:
+        """Run the kernels that `make` launches for this plan, whose shapes and device the buffers have."""
         kernels = self._passes.get(make)
         if kernels is None:
-            kernels = self._passes[make] = Pass(partial(make, self))
-        kernels(buffers)
+            kernels = self._passes[make] = Pass(make)
+        kernels(self, buffers)
 
     def uniform(self, tiling: Tiling) -> bool:
         """Whether all queries of a tile share one refresh point."""

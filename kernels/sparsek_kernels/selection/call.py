@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsek_kernels.launch import Launch, Parts
+from sparsek_kernels.launch import Launch
 
 from .block_kernels import prepare_blocks, sequence_table, sort_blocks
 from .interval_kernel import intervals
@@ -31,6 +31,32 @@ CALLS = 256
 """Shapes whose launches are remembered."""
 TABLES = ("slot_table", "tile_table", "block_table", "list_table")
 LOW = (1 << 31) - 1
+
+
+class Parts:
+    """Buffers that lie one after the other in one allocation, each at a multiple of `align` bytes."""
+
+    def __init__(self, align: int = 1, **counts: tuple[torch.dtype, int]) -> None:
+        self.at: dict[str, tuple[int, torch.dtype, int]] = {}
+        self.bytes = 0
+        for name, (dtype, count) in counts.items():
+            self.at[name] = (self.bytes, dtype, count)
+            self.bytes += -(-count * dtype.itemsize // align) * align
+
+    def view(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        first, dtype, count = self.at[name]
+        return tensor.view(-1).view(torch.uint8)[first : first + count * dtype.itemsize].view(dtype)
+
+    def add(self, buffers: dict[str, Any], tensor: torch.Tensor, addresses: bool) -> None:
+        """The buffers in `tensor`: as views for Triton to compile with; as addresses once it has, which cost the host
+        less."""
+        if addresses:
+            start = tensor.data_ptr()
+            for name, (first, _, _) in self.at.items():
+                buffers[name] = start + first
+        else:
+            for name in self.at:
+                buffers[name] = self.view(tensor, name)
 
 
 class Call:

@@ -6,14 +6,16 @@ Float64 sums in a fixed order, one writer per element: no atomics, bitwise repro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.launch import Launch, Pass
+from sparsek_kernels.launch import Launch, Named, Pass
 
+from .plan import power_of_2
 from .types import Selection
 
 
@@ -120,6 +122,34 @@ def key_gradient(
     tl.store(out_ptr + out, tl.where(live, own - (above - below), 0.0).to(tl.float32), mask=inside)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What the three kernels' numbers are from; num_seqs is None where unpacked, phase past % stride."""
+
+    rows: int
+    heads: int
+    num_keys: int
+    num_slots: int
+    length: int
+    stride: int
+    phase: int
+    num_seqs: int | None
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        return min(64, power_of_2(self.stride))
+
+    @property
+    def slots(self) -> int:
+        """Slots of a block."""
+        return max(64, min(1024, 4096 // self.width if self.stride <= 64 else 64))
+
+    @property
+    def blocks(self) -> int:
+        return self.num_slots // self.slots + 1
+
+
 def score_gradient_triton(
     selection: Selection, key_sum: torch.Tensor, query_sum: torch.Tensor, slot_table: torch.Tensor | None
 ) -> torch.Tensor:
@@ -128,67 +158,52 @@ def score_gradient_triton(
     slot_table [num_seqs + 1] int32: slots before each packed sequence; None where unpacked.
     """
     b, heads, num_keys = key_sum.shape
-    num_slots, cu = selection.threshold.shape[-1], selection.cu_seqlens
-    blocks = num_slots // _slots_of_a_block(selection.stride) + 1
-    device = key_sum.device
+    cu, device = selection.cu_seqlens, key_sum.device
     out = torch.empty(b, num_keys, heads, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
+    sizes = _Sizes(
+        b * heads, heads, num_keys, selection.threshold.shape[-1], query_sum.shape[-1], selection.stride,
+        selection.past % selection.stride, None if cu is None else cu.numel() - 1, device,
+    )  # fmt: skip
     unused = selection.fraction_size  # in the places of tables that are never read
-    kernels = _kernels(
-        b * heads, heads, num_keys, num_slots, query_sum.shape[-1], selection.past, selection.stride,
-        None if cu is None else cu.numel() - 1, device,
-    )  # fmt: skip
-    kernels(
-        {
-            "query_sum": query_sum.contiguous(), "size": selection.fraction_size,
-            "prefix": torch.empty(b * heads, num_slots + 1, dtype=torch.float64, device=device),
-            "total": torch.empty(b * heads, blocks, dtype=torch.float64, device=device),
-            "cu": unused if cu is None else cu, "slot_table": unused if slot_table is None else slot_table,
-            "key_sum": key_sum.contiguous(), "start": selection.fraction_start, "end": selection.fraction_end,
-            "out": out,
-        }
-    )  # fmt: skip
+    buffers = {
+        "query_sum": query_sum.contiguous(), "size": selection.fraction_size,
+        "prefix": torch.empty(sizes.rows, sizes.num_slots + 1, dtype=torch.float64, device=device),
+        "total": torch.empty(sizes.rows, sizes.blocks, dtype=torch.float64, device=device),
+        "cu": unused if cu is None else cu, "slot_table": unused if slot_table is None else slot_table,
+        "key_sum": key_sum.contiguous(), "start": selection.fraction_start, "end": selection.fraction_end,
+        "out": out,
+    }  # fmt: skip
+    _kernels(sizes)(sizes, buffers)
     return out
 
 
-def _width(stride: int) -> int:
-    return 1 << min(6, (stride - 1).bit_length())
-
-
-def _slots_of_a_block(stride: int) -> int:
-    return max(64, min(1024, 4096 // _width(stride) if stride <= 64 else 64))
-
-
 @lru_cache(maxsize=256)
-def _kernels(
-    rows: int, heads: int, num_keys: int, num_slots: int, length: int, past: int, stride: int, num_seqs: int | None,
-    device: torch.device,
-) -> Pass:  # fmt: skip
-    """The three kernels; launches are for one device."""
-    slots, seqs = _slots_of_a_block(stride), 1 if num_seqs is None else num_seqs
-    blocks = num_slots // slots + 1
+def _kernels(_sizes: _Sizes) -> Pass:
+    return Pass(_launches)
 
-    def launches(_buffers: object) -> list[Launch]:
-        means = Launch(
-            slot_means,
-            (blocks, rows),
-            (
-                "query_sum", "size", "prefix", "total", "cu", "slot_table",
-                seqs, num_slots, length, past % stride, stride, seqs.bit_length(), blocks, length,
-            ),
-            {"SLOTS": slots, "WIDTH": _width(stride), "PACKED": num_seqs is not None},
-        )  # fmt: skip
-        prefix = Launch(block_prefix, (rows,), ("total", blocks), {"N": 1024})
-        gradient = Launch(
-            key_gradient,
-            (-(-num_keys // 512), rows),
-            (
-                "key_sum", "start", "end", "prefix", "total", "out",
-                num_keys, num_slots, blocks, heads, num_keys,
-            ),
-            {"SLOTS": slots, "BLOCK": 512},
-        )  # fmt: skip
-        return [means, prefix, gradient]
 
-    return Pass(launches)
+def _launches(sizes: _Sizes, _buffers: Named) -> list[Launch]:
+    seqs = 1 if sizes.num_seqs is None else sizes.num_seqs
+    means = Launch(
+        slot_means,
+        (sizes.blocks, sizes.rows),
+        (
+            "query_sum", "size", "prefix", "total", "cu", "slot_table",
+            seqs, sizes.num_slots, sizes.length, sizes.phase, sizes.stride, seqs.bit_length(), sizes.blocks,
+            sizes.length,
+        ),
+        {"SLOTS": sizes.slots, "WIDTH": sizes.width, "PACKED": sizes.num_seqs is not None},
+    )  # fmt: skip
+    prefix = Launch(block_prefix, (sizes.rows,), ("total", sizes.blocks), {"N": 1024})
+    gradient = Launch(
+        key_gradient,
+        (-(-sizes.num_keys // 512), sizes.rows),
+        (
+            "key_sum", "start", "end", "prefix", "total", "out",
+            sizes.num_keys, sizes.num_slots, sizes.blocks, sizes.heads, sizes.num_keys,
+        ),
+        {"SLOTS": sizes.slots, "BLOCK": 512},
+    )  # fmt: skip
+    return [means, prefix, gradient]
