@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training benchmark with a model that takes milliseconds a step."""
+"""The training benchmark with a model that takes milliseconds a step, and made-up events of its profiles."""
 
 import sys
 
@@ -24,3 +24,9 @@ def started_with(*arguments):
         )
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the program sets it: not beyond this call
         benchmark_training.main()
+
+
+def event(name, category, start, duration, thread=1, **arguments):
+    """One of a profiler's trace; times in microseconds."""
+    return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": duration, "pid": 1, "tid": thread,
+            "args": arguments}  # fmt: skip

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A profiled step of the training benchmark: which kernel is whose part, and the bound that the parts' times give."""
 
-import sys
-
 import pytest
-from programs import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "examples"))
-
+from small_benchmark import event
 from training_benchmark.parts import part_of_kernel
 from training_benchmark.row import Row, compare_with_dense, line
 from training_benchmark.table import read_csv, write_csv
@@ -68,11 +63,6 @@ def test_backward_functions_are_known_by_the_names_that_autograd_gives_them(func
     around = (f"{NODE}{function._backward_cls.__name__}", "phase:backward")
     assert part_of_kernel("elementwise", around) == part
     assert part_of_kernel("ncclDevKernel_AllGather", ("c10d::allgather", *around)) == collective
-
-
-def event(name, category, start, duration, thread=1, **arguments):
-    return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": duration, "pid": 1, "tid": thread,
-            "args": arguments}  # fmt: skip
 
 
 def test_a_trace_is_split_by_where_kernels_were_launched_not_by_when_they_ran():

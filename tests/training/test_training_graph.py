@@ -3,15 +3,12 @@
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from programs import REPOSITORY, finish, start_program
-
-sys.path.insert(0, str(REPOSITORY / "examples"))
-
+from small_benchmark import event
 from training_benchmark import graph
 from training_benchmark.cases import check, options
 from training_benchmark.flags import build_parser
@@ -97,11 +94,6 @@ def test_the_flag_is_a_word_of_the_options_column():
     check(arguments(*flags, "--cuda-graph"), 1, on_gpu=True)
     assert str(options(arguments(*flags, "--cuda-graph"))) == "fused RoPE, CUDA graph"
     assert str(options(arguments(*flags))) == "fused RoPE"
-
-
-def event(name, category, start, duration, **arguments):
-    return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": duration, "pid": 1, "tid": 1,
-            "args": arguments}  # fmt: skip
 
 
 TRACE = [
