@@ -42,8 +42,9 @@ def parameter_groups(config: TrainingConfig, model: torch.nn.Module) -> list[dic
 
 
 def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machine: Machine) -> tuple[Any, str]:
-    """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed with its CUDA extensions, else
-    DeepSpeed's where it can be built, else torch's fused one; on CPU torch's. With --offload-optimizer DeepSpeed's CPU
+    """(AdamW, its name): on a GPU NVIDIA Apex's fused one where Apex is installed with its CUDA extensions. Without it
+    torch's fused one in bf16 with ZeRO 1 and 2, where it skips a step without a wait of the host (`zero_step`), and
+    otherwise DeepSpeed's where it can be built, else torch's. On CPU torch's. With --offload-optimizer DeepSpeed's CPU
     one, which it compiles.
 
     Raises:
@@ -68,7 +69,8 @@ def build_optimizer(config: TrainingConfig, groups: list[dict[str, Any]], machin
             return ApexFusedAdam(groups, adam_w_mode=True, **common), "Apex FusedAdam"
         except (RuntimeError, ImportError) as err:  # an Apex without its CUDA extensions imports all the same
             _tell(machine, "Apex FusedAdam does not run here", err, "using the next")
-    if shutil.which("nvcc") and shutil.which("ninja"):
+    skips_on_device = config.zero_stage in (1, 2) and uses_bf16(config, on_gpu=True)
+    if not skips_on_device and shutil.which("nvcc") and shutil.which("ninja"):
         from deepspeed.ops.adam import FusedAdam
 
         try:

@@ -3,12 +3,19 @@
 
 DeepSpeed looks at every gradient on its own, once for values that are not finite and once for its norm: about nine
 small kernels for each parameter, queued while the GPU waits for them. The norm of all gradients is finite exactly when
-they all are (and below 1e19), so it answers both questions; DeepSpeed reports the step as overflown where it is not.
-Nothing else is read by the host: DeepSpeed tests the norm again before it clips each group.
+they all are (and below 1e19), so it answers both questions.
+
+Whether the step is taken is then decided where the norm is:
+
+    torch's fused AdamW, bf16   on the device. The kernel of the update reads `found_inf`, and where it is 1 leaves
+                                weights, moments and its step count alone, as under torch's gradient scaler. DeepSpeed
+                                ends the step as any other and copies master weights that did not change.
+    any other                   on the host, by DeepSpeed, which waits for the norm and drops the gradients.
 """
 
 from __future__ import annotations
 
+import math
 from types import MethodType
 from typing import Any
 
@@ -31,6 +38,8 @@ def use_one_norm(engine: Any) -> bool:
         return False
     if not zero.compute_grad_norm:  # zero_optimization.compute_grad_norm: nothing else would see what is not finite
         return False
+    if skips_on_device(zero):
+        zero.check_grad_overflow = False  # DeepSpeed reads the norm of bf16 gradients for this alone
     for name, function in (
         ("check_overflow", _leave_it_to_the_norm),
         ("scaled_global_norm", _norm_of_all),
@@ -38,6 +47,16 @@ def use_one_norm(engine: Any) -> bool:
     ):
         setattr(zero, name, MethodType(function, zero))
     return True
+
+
+def skips_on_device(zero: Any) -> bool:
+    """Whether `zero`'s step is decided on the device, by the optimizer's own kernel."""
+    optimizer = zero.optimizer
+    return (
+        zero.dtype == torch.bfloat16  # in other types DeepSpeed reads the norm whatever it is told
+        and isinstance(optimizer, torch.optim.AdamW)
+        and all(group["fused"] for group in optimizer.param_groups)
+    )
 
 
 def _leave_it_to_the_norm(zero: Any, partition_gradients: bool = True) -> None:
@@ -65,14 +84,24 @@ def _norm_of_all(zero: Any, norm_type: int = 2) -> Tensor:
     zero._model_parallel_all_reduce(tensor=square, op=comm.ReduceOp.SUM)
     norm = square.sqrt()
     norm = torch.where(norm.isfinite(), norm, float("inf"))
+    if skips_on_device(zero):
+        zero.optimizer.found_inf = norm.isinf().float()
     zero.norm_reading = Reading(norm)
     return norm
 
 
 def norm_of_step(engine: Any) -> float:
-    """Norm before clipping that the last step took; where the norm is one, without a wait for the update behind it."""
-    reading = getattr(engine.optimizer, "norm_reading", None)
-    return float(engine.get_global_grad_norm()) if reading is None else reading.item()
+    """Norm before clipping that the last step took; where the norm is one, without a wait for the update behind it.
+
+    To be called once a step: DeepSpeed counts the skipped ones, and has not seen one that the device skipped.
+    """
+    zero = engine.optimizer
+    reading = getattr(zero, "norm_reading", None)
+    norm = float(engine.get_global_grad_norm()) if reading is None else reading.item()
+    if reading is not None and not zero.overflow and math.isinf(norm):
+        zero.overflow = True
+        engine.skipped_steps += 1
+    return norm
 
 
 def _own(gradients: list[Tensor]) -> list[Tensor]:

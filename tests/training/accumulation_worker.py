@@ -11,8 +11,10 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sparsek_megatron.errors import write_whole_lines
+from sparsek_megatron.training import engine as engine_module
 from sparsek_megatron.training import parallel, zero_backward
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine, set_learning_rate, take_step
@@ -94,6 +97,11 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float(((f.double().cpu().view_as(e) - e) / e).abs().max()) for f, e in pairs)
 
 
+def fused_adamw(config: TrainingConfig, groups: list[dict[str, Any]], machine: parallel.Machine) -> tuple[Any, str]:
+    """In the place of `build_optimizer`: a GPU's choice, on CPU."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, 0.95), fused=True), "torch fused AdamW"
+
+
 def build(
     machine: parallel.Machine, config: TrainingConfig, settings: dict[str, Any], shapes: Shapes = SHAPES
 ) -> Any:
@@ -126,16 +134,19 @@ def take(
 
 def accumulate(
     machine: parallel.Machine, *, zero_stage: int, micro_batches: int, clip_grad: float = 0.0, offload: bool = False,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None, fused: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Three steps, the second with a NaN: relative differences from float64 of what the optimizer was given."""
+    """Three steps, the second with a NaN: relative differences from float64 of what the optimizer was given. With
+    `fused`, by the optimizer of a GPU, torch's fused AdamW.
+    """
     ranks = machine.world_size
     config = TrainingConfig(
         lr=0.0, micro_batch_size=1, global_batch_size=ranks * micro_batches, zero_stage=zero_stage, bf16=True,
         clip_grad=clip_grad, offload_optimizer=offload, weight_decay=0.0, adam_beta1=BETA, seq_length=64,
     )  # fmt: skip
     sizes = {"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {}
-    engine = build(machine, config, {"reduce_bucket_size": BUCKET, **sizes, **(settings or {})})
+    with patch.object(engine_module, "build_optimizer", fused_adamw) if fused else nullcontext():
+        engine = build(machine, config, {"reduce_bucket_size": BUCKET, **sizes, **(settings or {})})
     parameters = list(engine.module.parameters())
 
     def moments() -> list[Tensor]:
@@ -161,6 +172,10 @@ def accumulate(
             result["nan_norm"] = take(engine, machine, 2, micro_batches, nan=True)
             kept = zip(found + weights, moments() + [safe_get_full_fp32_param(p) for p in parameters], strict=True)
             result["nan_changes_nothing"] = all(torch.equal(a, b) for a, b in kept)
+    optimizer = engine.optimizer.optimizer
+    result["on_device"] = hasattr(optimizer, "found_inf")
+    result["skipped"] = engine.skipped_steps
+    result["steps"] = sorted({float(state["step"]) for state in optimizer.state.values()})
     return result
 
 

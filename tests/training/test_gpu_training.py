@@ -56,14 +56,17 @@ def test_two_gpus_follow_one(prepared, tmp_path, layout):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=3e-2)
 
 
-@pytest.mark.skipif(
+CLIPS_ON_DEVICE = pytest.mark.skipif(
     not hasattr(clip_grads, "multi_tensor_scale_tensor_impl"),
     reason="this megatron-core reads the norm to clip by it",
 )
-def test_a_step_with_megatrons_optimizer_never_waits_for_the_gpu(tmp_path):
+
+
+@pytest.mark.parametrize("trainer", ["deepspeed", pytest.param("mcore", marks=CLIPS_ON_DEVICE)])
+def test_a_step_never_waits_for_the_gpu(tmp_path, trainer):
     """In the profiler's trace of a whole step, optimizer included."""
-    case = "--shape 1.3b --num-layers 1 --tokens 4096 --arms sparsek --trainers mcore --warmup 2 --steps 1"
-    printed = run("benchmark_training.py", *case.split(), "--out", str(tmp_path), gpu=True)
+    case = "--shape 1.3b --num-layers 1 --tokens 4096 --arms sparsek --warmup 2 --steps 1 --trainers"
+    printed = run("benchmark_training.py", *case.split(), trainer, "--out", str(tmp_path), gpu=True)
     with (tmp_path / "training.csv").open(newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert row["error"] == "" and int(row["kernels"]) > 100

@@ -9,7 +9,13 @@ from deepspeed import comm
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from sparsek_megatron.training.zero_step import _clip, _norm_of_all, use_one_norm
+from sparsek_megatron.training.zero_step import (
+    _clip,
+    _norm_of_all,
+    norm_of_step,
+    skips_on_device,
+    use_one_norm,
+)
 
 
 def padding(*shape: int) -> Tensor:
@@ -29,6 +35,7 @@ def zero_optimizer(rank: int, dtype: torch.dtype = torch.float32) -> SimpleNames
         params_in_partition=[[sharded, shared], [last]],
         averaged_gradients=[gradients[:2], [padding(2), gradients[2], padding(4)]],
         device="cpu", dp_process_group="dp", loss_scale=1.0, clip_grad=0.5,
+        dtype=dtype, optimizer=torch.optim.AdamW([sharded, shared, last], fused=dtype == torch.bfloat16),
         _model_parallel_all_reduce=lambda tensor, op: tensor.add_(100.0),
     )  # fmt: skip
 
@@ -58,6 +65,33 @@ def test_a_gradient_that_is_not_finite_makes_the_norm_infinite(bad: float) -> No
     assert float(_norm_of_all(zero)) == float("inf")
 
 
+@pytest.mark.parametrize("bad", [None, float("nan")])
+def test_a_fused_optimizer_is_told_on_the_device(bad: float | None) -> None:
+    zero = zero_optimizer(0, torch.bfloat16)
+    if bad is not None:
+        zero.averaged_gradients[0][1][2] = bad
+    norm = _norm_of_all(zero)
+    assert zero.optimizer.found_inf.shape == () and float(zero.optimizer.found_inf) == float(bad is not None)
+    zero.overflow, engine = False, SimpleNamespace(optimizer=zero, skipped_steps=4)
+    assert norm_of_step(engine) == float(norm)
+    assert zero.overflow == (bad is not None) and engine.skipped_steps == 4 + zero.overflow
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused", "dtype", "decides"),
+    [
+        (torch.optim.AdamW, True, torch.bfloat16, True), (torch.optim.AdamW, True, torch.float32, False),
+        (torch.optim.AdamW, False, torch.bfloat16, False), (torch.optim.SGD, True, torch.bfloat16, False),
+    ],
+)  # fmt: skip
+def test_only_torchs_fused_adamw_decides_on_the_device_and_in_bf16_alone(kind, fused, dtype, decides) -> None:
+    zero = zero_optimizer(0)
+    zero.dtype, zero.optimizer = dtype, kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1, fused=fused)
+    assert skips_on_device(zero) == decides
+    _norm_of_all(zero)
+    assert hasattr(zero.optimizer, "found_inf") == decides
+
+
 def test_a_rank_without_gradients_still_takes_part() -> None:
     zero = zero_optimizer(0)
     zero.averaged_gradients = [[padding(3)], [padding(6)]]
@@ -84,8 +118,11 @@ def test_only_zero_1_and_2_with_state_on_the_device_are_changed() -> None:
     assert not use_one_norm(SimpleNamespace(optimizer=zero))
     zero.cpu_offload, zero.compute_grad_norm = False, False
     assert not use_one_norm(SimpleNamespace(optimizer=zero)), "without a norm DeepSpeed's own look is needed"
-    zero.compute_grad_norm = True
-    assert use_one_norm(SimpleNamespace(optimizer=zero))
+    zero.compute_grad_norm = zero.check_grad_overflow = True
+    zero.dtype, zero.optimizer = torch.bfloat16, torch.optim.SGD([torch.zeros(1)])
+    assert use_one_norm(SimpleNamespace(optimizer=zero)) and zero.check_grad_overflow
+    zero.optimizer = torch.optim.AdamW([torch.zeros(1)], fused=True)
+    assert use_one_norm(SimpleNamespace(optimizer=zero)) and not zero.check_grad_overflow
     zero.overflow = True
     zero.check_overflow(partition_gradients=False)
     assert not zero.overflow
