@@ -71,20 +71,27 @@ def test_the_comparison_sees_a_gradient_that_does_not_come_back(launched) -> Non
     """Control: the same mesh with the gradients of carried rows dropped."""
     errors = launched["control_without_gradients_of_carried_rows"]["gradients"]
     assert max(error for name, error in errors.items() if "linear_qkv" in name) > 1e-2
-    assert max(error for name, error in errors.items() if "scorer" in name) > 1e-2
+    assert min(error for name, error in errors.items() if "scorer" in name) > 1e-2  # weights and slopes
 
 
 def check_gpus(answers: Any, ranks: int, dtype: str) -> None:
-    """Every case that fits on `ranks` GPUs, 2 or 4."""
+    """Every case that fits on `ranks` GPUs, 2 or 4; names all that are wrong."""
+    wrong = []
     for name in (*DENSE, "mesh_ep2"):
         answer = answers[name]
         assert (answer is None) == (ranks < 4 and name in NEED_FOUR), name
         if answer is None:
             continue
-        if dtype == "bfloat16" and "tp" in name:
-            check_other_selections(answer, parameters_of(name))
-        else:
-            check(answer, parameters_of(name), GPU_TOLERANCE[dtype], GPU_LOSS_TOLERANCE[dtype])
+        try:
+            if dtype == "bfloat16" and "tp" in name:
+                check_other_selections(answer, parameters_of(name))
+            else:
+                check(answer, parameters_of(name), GPU_TOLERANCE[dtype], GPU_LOSS_TOLERANCE[dtype])
+        except AssertionError as err:
+            worst = sorted(answer["gradients"].items(), key=lambda item: -item[1])[:3]
+            loss, selections = answer["loss"], answer["different_selections"]
+            wrong.append(f"{name}: {err} (loss {loss:.1e}, {selections} other selections, {worst})")
+    assert not wrong, "\n".join(wrong)
 
 
 def check_other_selections(answer: dict[str, Any], parameters: int) -> None:
