@@ -29,6 +29,11 @@ SLOPES = {"slope 0": "0", "the default slope": "topk"}
 COUNTS = {"one": "1", "two": "2", "four": "4"}
 NUMBERS = r"([\d.]+) s(?: a step of \w+ sequences?)?, ([\d,]+) tokens/s, MFU ([\d.]+) %, peak ([\d.]+) GiB"
 
+IN_TRAINER = (
+    r"In examples/pretrain_gpt.py, (\d+) sequences a step \(--global-batch-size \1\), [\d-]+, (\w+) H200, the default "
+    r"slope:\n([\d.]+) s a step, ([\d,]+) tokens/s, peak ([\d.]+) GiB"
+)
+
 
 def settings(path) -> TrainingConfig:
     return parse(["--config", str(path), "--tokenizer-model", "t", "--data-path", "d", "--save", "s"])[0]
@@ -134,9 +139,27 @@ def test_a_measured_recipe_has_the_settings_and_the_numbers_of_a_row(path):
 
 def test_the_list_of_recipes_is_complete_and_quotes_their_numbers():
     page = (CONFIGS / "README.md").read_text(encoding="utf-8")
-    listed = dict(re.findall(r"^\| `(gpt_[^`]+)` \|.*\| ([\d,]+|not measured) \|$", page, flags=re.MULTILINE))
+    line = r"^\| `(gpt_[^`]+)` \|.*\| ([\d,]+|not measured) \| (?:([\d,]+) \((\d+)\)|not measured) \|$"
+    listed = {name: tuple(numbers) for name, *numbers in re.findall(line, page, flags=re.MULTILINE)}
     stated = {}
     for path in RECIPES:
-        numbers = re.search(NUMBERS, first_lines(path))
-        stated[path.name] = numbers[2] if numbers else "not measured"
+        benchmark, trainer = (re.search(pattern, first_lines(path)) for pattern in (NUMBERS, IN_TRAINER))
+        in_trainer = (trainer[4], trainer[1]) if trainer else ("", "")
+        stated[path.name] = (benchmark[2] if benchmark else "not measured", *in_trainer)
     assert listed == stated
+
+
+def test_what_a_recipe_takes_in_the_trainer_is_as_measured():
+    with (REPOSITORY / "examples" / "results" / "recipes.csv").open(newline="") as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file)}
+    stated = {path.stem: re.search(IN_TRAINER, first_lines(path)) for path in RECIPES}
+    assert {name for name, found in stated.items() if found} == set(rows)
+    for name, row in rows.items():
+        config, found = settings(CONFIGS / f"{name}.yaml"), stated[name]
+        tokens, seconds = int(row["sequences"]) * config.seq_length, float(row["step_s"])
+        assert int(row["tokens"]) == config.seq_length
+        assert float(row["tokens_per_second"]) == pytest.approx(tokens / seconds, rel=1e-4)
+        assert found and found.groups() == (
+            row["sequences"], {number: word for word, number in COUNTS.items()}[row["gpus"]], f"{seconds:.2f}",
+            f"{int(row['tokens_per_second']):,}", f"{float(row['peak_gib']):.1f}",
+        )  # fmt: skip
