@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Start a program on this node with torchrun: alone, or as one of several nodes. Run it on every node.
 #
-#   launch/torchrun.sh examples/pretrain_gpt.py --config examples/configs/gpt_125m.yaml ...
+#   launch/torchrun.sh examples/pretrain_gpt.py --config examples/configs/gpt_1.3b_8k_1gpu.yaml ...
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh examples/pretrain_gpt.py ...     (the other: NODE_RANK=1)
 #
 # Settings, by environment variable:
