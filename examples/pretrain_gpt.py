@@ -12,7 +12,7 @@ or, with the processes started by torchrun itself: `torchrun --nproc-per-node 2 
 import sys
 
 from sparsek_megatron.quiet import quiet_dependencies
-from sparsek_megatron.training.stopping import hold_signals
+from sparsek_megatron.stop_signals import hold_signals
 
 hold_signals()
 quiet_dependencies()

@@ -18,7 +18,9 @@ from sparsek_megatron.data.card import read_card, unigram_entropy
 from sparsek_megatron.data.index_cache import complete_cache, plain_arrays
 from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.data.workers import ignore_sigterm_except_from_parent
 from sparsek_megatron.errors import UserError
+from sparsek_megatron.stop_signals import signals_held
 
 
 def validation_entropy(paths: DataPaths, vocab_size: int) -> float:
@@ -134,8 +136,15 @@ class StepSampler:
 
 
 def batches(dataset: Dataset[Any], sampler: StepSampler, *, num_workers: int, pin: bool) -> Iterator[dict[str, Any]]:
-    """Micro-batches as dicts of [micro_batch_size, sequence_length] tensors."""
+    """Micro-batches as dicts of [micro_batch_size, sequence_length] tensors.
+
+    The worker processes outlive the signals that stop a run, and end with this iterator or this process.
+    """
     # A generator of its own: the loader must not draw its worker seed from the RNG that checkpoints restore.
     own = torch.Generator().manual_seed(0)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin, generator=own)
-    return iter(loader)
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin, generator=own,
+        worker_init_fn=ignore_sigterm_except_from_parent,
+    )  # fmt: skip
+    with signals_held():
+        return iter(loader)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparsek_megatron.errors import EXIT_UNREAD, EXIT_USAGE, RankError, UserError
-from sparsek_megatron.training.stopping import release_signals
+from sparsek_megatron.stop_signals import release_signals
 
 _START = "start through torchrun (launch/torchrun.sh) or with --nproc-per-node, which set it"
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ending a run between two steps when a signal asks for it: SIGTERM (preemption) and SIGUSR1 (time limit ahead).
-
-Whoever asks may ask again until the process is gone: from `hold_signals` on, these signals end nothing by themselves.
-"""
+"""Ending a run between two steps when a signal asks for it."""
 
 from __future__ import annotations
 
@@ -10,25 +7,12 @@ import signal
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from sparsek_megatron.stop_signals import SIGNALS, release_signals
+
 if TYPE_CHECKING:
     import torch
 
     from sparsek_megatron.training.reading import Reading
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-def hold_signals() -> None:
-    """Let `SIGNALS` wait until `release_signals`. Call it before the imports: they take seconds, and start threads
-    that would take the signals in place of this one.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
-def release_signals() -> None:
-    """Let `SIGNALS` through, those that wait first."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
 
 class StopRequest:
     """Remembers the first of `SIGNALS` that this process received, and agrees about it with the other ranks.

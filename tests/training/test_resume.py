@@ -5,6 +5,7 @@ Runs that are killed are in tests/faults.
 """
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from programs import Prepared, finish, run, start, start_script
+from programs import Prepared, finish, run, start, start_code, start_script
 
 from sparsek_megatron.data.fingerprint import fingerprint
 from sparsek_megatron.training.arguments import parse
@@ -77,6 +78,86 @@ def test_a_signal_ends_the_run_after_a_checkpoint(prepared, uninterrupted, tmp_p
     assert f"stopped by SIGUSR1 after step {stopped}" in said and stopped < 8, said
     assert f"from step {stopped}" in train(prepared, save)
     assert [r for r in trajectory(save) if "loss" in r] == [r for r in trajectory(uninterrupted) if "loss" in r]
+
+
+def test_signals_to_every_process_end_a_run_with_data_workers_after_a_checkpoint(prepared, tmp_path):
+    save = tmp_path / "stopped"
+    flags = [*prepared.flags(save), "--num-workers", "2", "--train-iters", "1000", "--save-interval", "1000"]
+    process = start("pretrain_gpt.py", *flags, start_new_session=True)
+    wait_for_step(save, 1, process)
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGUSR1)
+    said = finish(process)
+    stopped = int((save / "latest").read_text()[5:])
+    assert f" after step {stopped}; with --load" in said.partition("stopped by SIG")[2], said
+    assert "Traceback" not in said and "DataLoader" not in said, said
+    assert [p.name for p in save.glob("*step_*")] == [f"step_{stopped:08d}"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+# Each case is a process with a group of its own; prints its exit code, and whether it has left a process behind.
+WITH_WORKERS = """
+import contextlib, multiprocessing, os, signal, subprocess, sys, time
+from sparsek_megatron.stop_signals import SIGNALS, hold_signals
+from sparsek_megatron.training.stopping import StopRequest
+hold_signals()
+from torch.utils.data import Dataset
+from sparsek_megatron.data.datasets import StepSampler, batches
+
+class Numbers(Dataset):
+    def __getitem__(self, index):
+        return {"tokens": index}
+
+def reading():
+    sampler = StepSampler(
+        first_sample=0, last_sample=50, micro_batch_size=1, global_batch_size=1, rank=0, world_size=1
+    )
+    return batches(Numbers(), sampler, num_workers=2, pin=False)
+
+def amid_signals():
+    with StopRequest():
+        for _ in range(3):
+            given_up = reading()
+            next(given_up)
+            assert [int(batch["tokens"]) for batch in reading()] == list(range(50))
+
+def by_an_exception_with_a_signal_pending():
+    data = reading()
+    next(data)
+    workers = " ".join(str(worker.pid) for worker in multiprocessing.active_children())
+    subprocess.run(f"kill -STOP {workers}; sleep 0.1; kill -TERM {workers}", shell=True, check=True)
+    subprocess.Popen(f"sleep 0.3; kill -CONT {workers}", shell=True, start_new_session=True)
+    raise ValueError("its own error")
+
+for case in (amid_signals, by_an_exception_with_a_signal_pending):
+    if not (pid := os.fork()):
+        case()
+        sys.exit(0)
+    os.setpgid(pid, pid)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+        for number in SIGNALS if case is amid_signals else ():
+            os.killpg(pid, number)
+        time.sleep(0.001)
+    code = os.waitstatus_to_exitcode(ended[1]) if ended[0] else "hangs"
+    left = "nothing"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+        left = "processes"
+    print(f"ended {case.__name__}: {code}, {left} left")
+"""
+
+
+def test_data_workers_outlive_signals_to_every_process_and_end_with_their_own():
+    said = finish(start_code(WITH_WORKERS))
+    assert [line.removeprefix("ended ") for line in said.splitlines() if line.startswith("ended ")] == [
+        "amid_signals: 0, nothing left",
+        "by_an_exception_with_a_signal_pending: 1, nothing left",
+    ], said
+    assert said.count("Traceback") == said.count("ValueError: its own error") == 1, said
 
 
 def wait_until_held(process) -> None:
