@@ -29,9 +29,9 @@ def plot(table: Path, path: Path, flag: str = "--plot") -> None:
     height = max(5.0, 1.5 + 0.2 * len(split))
     figure = Figure(figsize=(15, height), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False)
     _throughput(left, measured)
-    _parts(right, split)
+    _parts(right.subplots(), split)
     figure.suptitle(_title(measured), fontsize=9)
     with atomic_write(path, "wb") as stream:
         figure.savefig(stream, format="png", dpi=110)
@@ -62,23 +62,30 @@ def _place(row: dict[str, str]) -> tuple[str, int, int, str, int]:
     return (row["shape"], int(row["layers"]), int(row["tokens"]), row["arm"], int(row["gpus"]))
 
 
-def _throughput(axes, rows: list[dict[str, str]]) -> None:
-    """Tokens per second and GPU; a model has a colour, an arm a marker and a line; DeepSpeed's markers are hollow."""
-    models = list(dict.fromkeys(map(_model, rows)))
-    series: dict[tuple[str, ...], list[tuple[int, float]]] = {}
-    for row in rows:
-        key = (_model(row), row["arm"], row["trainer"], _layout(row))
-        speed = float(row["tokens_per_second"]) / int(row["gpus"])
-        series.setdefault(key, []).append((int(row["tokens"]), speed))
-    for key, points in series.items():
-        axes.plot(
-            *zip(*sorted(points), strict=True), _LINES[key[1]], markersize=4, label=" ".join(key),
-            color=f"C{models.index(key[0]) % 10}", fillstyle="none" if key[2] == "deepspeed" else "full",
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="tokens/s of one GPU")
-    axes.grid(alpha=0.3, which="both")
-    if series:
-        axes.legend(fontsize=_TINY)
+def _throughput(figure, rows: list[dict[str, str]]) -> None:
+    """Tokens per second and GPU, a panel for each model, over one axis of contexts. A layout has a colour, an arm a
+    marker and a line; DeepSpeed's markers are hollow.
+    """
+    models = list(dict.fromkeys(map(_model, sorted(rows, key=_place))))
+    panels = figure.subplots(max(1, len(models)), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, model in zip(panels, models, strict=False):
+        series: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+        for row in rows:
+            if _model(row) == model:
+                speed = float(row["tokens_per_second"]) / int(row["gpus"])
+                series.setdefault((row["arm"], row["trainer"], _layout(row)), []).append((int(row["tokens"]), speed))
+        layouts = list(dict.fromkeys(layout for _, _, layout in series))
+        for (arm, trainer, layout), points in series.items():
+            axes.plot(
+                *zip(*sorted(points), strict=True), _LINES[arm], markersize=4, label=f"{arm} {trainer} {layout}",
+                color=f"C{layouts.index(layout) % 10}", fillstyle="none" if trainer == "deepspeed" else "full",
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(model, fontsize=_SMALL, loc="left")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=_TINY, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[-1].set_xlabel("tokens of a sequence")
+    figure.supylabel("tokens/s of one GPU", fontsize=_SMALL)
 
 
 def _whole(row: dict[str, str]) -> float:
@@ -103,7 +110,9 @@ def _parts(axes, rows: list[dict[str, str]]) -> None:
         for row in rows
     ]
     axes.set_yticks(range(len(rows)), labels, fontsize=_TINY)
-    axes.set(xlabel="% of the profiled step (where it was not recorded, of the time in which kernels ran)")
+    axes.set_xlabel(
+        "% of the profiled step (where it was not recorded, of the time in which kernels ran)", fontsize=_SMALL
+    )
     axes.set_ylim(len(rows) - 0.3, -0.7)
     if rows:
         axes.legend(fontsize=_SMALL, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -23,7 +23,6 @@ from sparsek_megatron.data.fingerprint import Fingerprint
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import fsync_path
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.engine import hyperparameters, set_hyperparameters
 from sparsek_megatron.training.manifest import check_contents, check_sizes, read_manifest, record_of
 from sparsek_megatron.training.parallel import Machine
 from sparsek_megatron.training.rng import restore_rng, rng_states
@@ -161,7 +160,6 @@ def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) ->
     """
     folder = Path(config.load or "")
     path = folder / checkpoint_name(step)
-    own = hyperparameters(engine)
     with _readable(folder, step):
         if same_layout(config, machine.world_size, read_run(folder, step)):
             _load_as_saved(engine, path, machine)
@@ -169,7 +167,6 @@ def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) ->
             from sparsek_megatron.training.reshard import load_resharded
 
             load_resharded(engine, path, load_file=safe_load)
-    set_hyperparameters(engine, own)
 
 
 def _load_as_saved(engine: Any, path: Path, machine: Machine) -> None:

@@ -15,6 +15,7 @@ from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.model import uses_bf16
+from sparsek_megatron.training.optimizer_state import keep_own_settings
 from sparsek_megatron.training.parallel import DeepSpeedMpu, Machine
 from sparsek_megatron.training.zero_accumulation import forget_skipped_sums, zero_1_in_fp32
 from sparsek_megatron.training.zero_backward import wait_by_stream
@@ -119,6 +120,7 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     if config.deepspeed_config:
         require_readable(config.deepspeed_config, settings)
     optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
+    keep_own_settings(optimizer)
     with zero_1_in_fp32():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -153,20 +155,6 @@ def require_readable(path: str, settings: dict[str, Any]) -> None:
 def _steps_without_norm(engine: Any) -> bool:
     """Whether DeepSpeed's step neither keeps the gradients' norm nor looks at it: without ZeRO, in float32."""
     return not engine.zero_optimization() and not engine.bfloat16_enabled()
-
-
-HYPERPARAMETERS = ("weight_decay", "betas", "eps", "lr_mult")
-
-
-def hyperparameters(engine: Any) -> list[dict[str, Any]]:
-    """Each optimizer group's `HYPERPARAMETERS`. A group holds more: its learning rate, with Apex its step too."""
-    return [{name: group[name] for name in HYPERPARAMETERS} for group in engine.optimizer.param_groups]
-
-
-def set_hyperparameters(engine: Any, values: list[dict[str, Any]]) -> None:
-    """Set what `hyperparameters` returned; DeepSpeed's wrappers show the groups of the optimizer that they wrap."""
-    for group, own in zip(engine.optimizer.param_groups, values, strict=True):
-        group.update(own)
 
 
 def set_learning_rate(engine: Any, value: float) -> None:

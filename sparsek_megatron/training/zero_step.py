@@ -38,7 +38,9 @@ def use_one_norm(engine: Any) -> bool:
         return False
     if not zero.compute_grad_norm:  # zero_optimization.compute_grad_norm: nothing else would see what is not finite
         return False
-    if skips_on_device(zero):
+    told = skips_on_device(zero)
+    zero.is_told_to_skip = told  # pyright: ignore[reportAttributeAccessIssue]
+    if told:
         zero.check_grad_overflow = False  # DeepSpeed reads the norm of bf16 gradients for this alone
     for name, function in (
         ("check_overflow", _leave_it_to_the_norm),
@@ -84,7 +86,7 @@ def _norm_of_all(zero: Any, norm_type: int = 2) -> Tensor:
     zero._model_parallel_all_reduce(tensor=square, op=comm.ReduceOp.SUM)
     norm = square.sqrt()
     norm = torch.where(norm.isfinite(), norm, float("inf"))
-    if skips_on_device(zero):
+    if zero.is_told_to_skip:
         zero.optimizer.found_inf = norm.isinf().float()
     zero.norm_reading = Reading(norm)
     return norm

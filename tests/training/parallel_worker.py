@@ -32,7 +32,7 @@ from sparsek_megatron.errors import UserError, write_whole_lines
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.arguments import TrainingConfig, parse
 from sparsek_megatron.training.checkpoint import Checkpoints, load
-from sparsek_megatron.training.engine import build_engine, hyperparameters
+from sparsek_megatron.training.engine import build_engine
 from sparsek_megatron.training.loop import Trainer
 from sparsek_megatron.training.model import build_model, token_losses
 from sparsek_megatron.training.schedule import learning_rate
@@ -165,7 +165,8 @@ def trajectory(
         changed, _ = parse([*argv, *CHANGED])
         engine = engine_of(changed)
         load(engine, changed, machine, step=saved)
-        groups = hyperparameters(engine)
+        names = ("weight_decay", "betas", "eps", "lr_mult")
+        groups = [{name: group[name] for name in names} for group in engine.optimizer.param_groups]
     parallel.shutdown()
     return {
         "records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups,

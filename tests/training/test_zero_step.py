@@ -35,7 +35,7 @@ def zero_optimizer(rank: int, dtype: torch.dtype = torch.float32) -> SimpleNames
         params_in_partition=[[sharded, shared], [last]],
         averaged_gradients=[gradients[:2], [padding(2), gradients[2], padding(4)]],
         device="cpu", dp_process_group="dp", loss_scale=1.0, clip_grad=0.5,
-        dtype=dtype, optimizer=torch.optim.AdamW([sharded, shared, last], fused=dtype == torch.bfloat16),
+        is_told_to_skip=dtype == torch.bfloat16, optimizer=torch.optim.AdamW([sharded, shared, last], fused=True),
         _model_parallel_all_reduce=lambda tensor, op: tensor.add_(100.0),
     )  # fmt: skip
 
@@ -63,6 +63,7 @@ def test_a_gradient_that_is_not_finite_makes_the_norm_infinite(bad: float) -> No
     zero = zero_optimizer(0)
     zero.averaged_gradients[1][1][3] = bad
     assert float(_norm_of_all(zero)) == float("inf")
+    assert not hasattr(zero.optimizer, "found_inf")
 
 
 @pytest.mark.parametrize("bad", [None, float("nan")])
@@ -85,11 +86,8 @@ def test_a_fused_optimizer_is_told_on_the_device(bad: float | None) -> None:
     ],
 )  # fmt: skip
 def test_only_torchs_fused_adamw_decides_on_the_device_and_in_bf16_alone(kind, fused, dtype, decides) -> None:
-    zero = zero_optimizer(0)
-    zero.dtype, zero.optimizer = dtype, kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1, fused=fused)
-    assert skips_on_device(zero) == decides
-    _norm_of_all(zero)
-    assert hasattr(zero.optimizer, "found_inf") == decides
+    made = kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1, fused=fused)
+    assert skips_on_device(SimpleNamespace(dtype=dtype, optimizer=made)) == decides
 
 
 def test_a_rank_without_gradients_still_takes_part() -> None:
@@ -120,9 +118,9 @@ def test_only_zero_1_and_2_with_state_on_the_device_are_changed() -> None:
     assert not use_one_norm(SimpleNamespace(optimizer=zero)), "without a norm DeepSpeed's own look is needed"
     zero.compute_grad_norm = zero.check_grad_overflow = True
     zero.dtype, zero.optimizer = torch.bfloat16, torch.optim.SGD([torch.zeros(1)])
-    assert use_one_norm(SimpleNamespace(optimizer=zero)) and zero.check_grad_overflow
+    assert use_one_norm(SimpleNamespace(optimizer=zero)) and zero.check_grad_overflow and not zero.is_told_to_skip
     zero.optimizer = torch.optim.AdamW([torch.zeros(1)], fused=True)
-    assert use_one_norm(SimpleNamespace(optimizer=zero)) and not zero.check_grad_overflow
+    assert use_one_norm(SimpleNamespace(optimizer=zero)) and zero.is_told_to_skip and not zero.check_grad_overflow
     zero.overflow = True
     zero.check_overflow(partition_gradients=False)
     assert not zero.overflow
