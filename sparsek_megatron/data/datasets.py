@@ -18,7 +18,7 @@ from sparsek_megatron.data.card import read_card, unigram_entropy
 from sparsek_megatron.data.index_cache import complete_cache, plain_arrays
 from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.data.workers import ignore_sigterm_except_from_parent
+from sparsek_megatron.data.workers import ignore_sigterm_except_from_parent, kill_at_exit
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.stop_signals import signals_held
 
@@ -147,4 +147,6 @@ def batches(dataset: Dataset[Any], sampler: StepSampler, *, num_workers: int, pi
         worker_init_fn=ignore_sigterm_except_from_parent,
     )  # fmt: skip
     with signals_held():
-        return iter(loader)
+        iterator = iter(loader)
+    kill_at_exit(iterator)
+    return iterator

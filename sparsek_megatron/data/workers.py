@@ -7,11 +7,12 @@ By itself torch lets a SIGTERM that is not its parent's kill a worker, and the r
 from __future__ import annotations
 
 import atexit
-import multiprocessing
+import multiprocessing.util  # noqa: F401  # its handler at exit is registered before, and so runs after, those below
 import os
 import signal
 import threading
-import time
+import weakref
+from typing import Any
 
 
 def ignore_sigterm_except_from_parent(_worker: int) -> None:
@@ -31,22 +32,18 @@ def ignore_sigterm_except_from_parent(_worker: int) -> None:
     threading.Thread(target=wait, name="sigterm", daemon=True).start()
 
 
-PATIENCE = 5.0
-"""Seconds after which a worker that does not end by SIGTERM, stuck in a library's call, is killed."""
+def kill_at_exit(batches: Any) -> None:
+    """Let the workers of `batches`, a `DataLoader`'s iterator, end with this process if it still has them then.
 
-
-@atexit.register
-def _end_workers() -> None:
-    """End the workers whose iterator is still there at exit, as after an exception.
-
-    multiprocessing would send each SIGTERM once, and wait for its end without a limit. But that signal is lost while
-    one that somebody else sent is still pending: it is sent here until it has worked.
+    torch and multiprocessing would send each a SIGTERM once, and wait for its end without a limit. That signal is lost
+    while one that somebody else sent is pending, and without effect on a worker that is stuck in a library's call.
     """
-    deadline = time.monotonic() + PATIENCE
-    while workers := [child for child in multiprocessing.active_children() if child.daemon]:
+    atexit.register(_kill, weakref.ref(batches), os.getpid())
+
+
+def _kill(reference: weakref.ref[Any], owner: int) -> None:
+    workers = getattr(reference(), "_workers", [])
+    if workers and os.getpid() == owner:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker was killed
         for worker in workers:
-            if time.monotonic() < deadline:
-                worker.terminate()
-            else:
-                worker.kill()
-            worker.join(0.1)
+            worker.kill()

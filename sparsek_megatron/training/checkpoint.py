@@ -153,13 +153,15 @@ def choose(folder: Path, machine: Machine) -> int | None:
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
     """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout that
-    it was saved in, RNG states too. Weight decay and what else this run's settings say about the optimizer stay.
+    it was saved in, RNG states too. Weight decay and what else this run's settings say about
+    the optimizer stay, the norm that gradients are clipped to among them.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.
     """
     folder = Path(config.load or "")
     path = folder / checkpoint_name(step)
+    largest_norm = getattr(engine.optimizer, "clip_grad", None)
     with _readable(folder, step):
         if same_layout(config, machine.world_size, read_run(folder, step)):
             _load_as_saved(engine, path, machine)
@@ -167,6 +169,8 @@ def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) ->
             from sparsek_megatron.training.reshard import load_resharded
 
             load_resharded(engine, path, load_file=safe_load)
+    if largest_norm is not None:  # ZeRO 1 and 2 take the checkpoint's
+        engine.optimizer.clip_grad = largest_norm
 
 
 def _load_as_saved(engine: Any, path: Path, machine: Machine) -> None:

@@ -26,15 +26,20 @@ def keep_own_settings(optimizer: torch.optim.Optimizer) -> None:
 
 def _as_own(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     in_tensors = isinstance(optimizer, torch.optim.AdamW)
+    if len(optimizer.param_groups) != len(saved["param_groups"]):
+        raise ValueError(
+            f"the state has {len(saved['param_groups'])} parameter groups, this run {len(optimizer.param_groups)}: "
+            "keep the model's settings"
+        )
     state, groups = dict(saved["state"]), []
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         settings = {name: value for name, value in own.items() if name not in ("params", "step")}
-        steps = group.get("step")
+        # Each kind leaves the others' count where it was when it took the state over: the larger one is in force.
+        steps = int(group.get("step", 0))
         for key in group["params"]:
-            entries = state.get(key, {})
-            steps = entries.get("step", steps)
-            if entries and steps is not None:
-                state[key] = entries | {"step": torch.tensor(float(steps)) if in_tensors else int(steps)}
-        counted = {} if in_tensors or steps is None else {"step": int(steps)}
-        groups.append(settings | {"params": group["params"]} | counted)
+            if entries := state.get(key):
+                steps = max(steps, int(entries.get("step", 0)))
+                count = torch.tensor(steps, dtype=torch.float32) if in_tensors else steps
+                state[key] = entries | {"step": count}
+        groups.append(settings | {"params": group["params"]} | ({"step": steps} if steps and not in_tensors else {}))
     return saved | {"state": state, "param_groups": groups}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sparsek_megatron.training.reading import Reading
 
+
 class StopRequest:
     """Remembers the first of `SIGNALS` that this process received, and agrees about it with the other ranks.
 

@@ -15,7 +15,8 @@ Memory, now that the host runs ahead:
                           memory before the reduction has read it: `record_stream` holds it until then.
 
 Other waits of DeepSpeed's for the device (`allreduce_and_copy`, its variant for scattered gradients) are only reached
-with `use_multi_rank_bucket_allreduce` or `contiguous_gradients` switched off in a user's file. The step: `zero_step`.
+with `use_multi_rank_bucket_allreduce` or `contiguous_gradients` switched off in a user's file. The step's own
+wait is `zero_step`'s.
 """
 
 from __future__ import annotations

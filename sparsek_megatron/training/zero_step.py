@@ -95,13 +95,13 @@ def _norm_of_all(zero: Any, norm_type: int = 2) -> Tensor:
 def norm_of_step(engine: Any) -> float:
     """Norm before clipping that the last step took; where the norm is one, without a wait for the update behind it.
 
-    To be called once a step: DeepSpeed counts the skipped ones, and has not seen one that the device skipped.
+    To be called after each step: DeepSpeed counts the skipped ones, and has not seen one that the device skipped.
     """
     zero = engine.optimizer
     reading = getattr(zero, "norm_reading", None)
     norm = float(engine.get_global_grad_norm()) if reading is None else reading.item()
     if reading is not None and not zero.overflow and math.isinf(norm):
-        zero.overflow = True
+        zero.overflow, engine._step_applied = True, False
         engine.skipped_steps += 1
     return norm
 

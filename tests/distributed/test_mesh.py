@@ -6,6 +6,7 @@ Over gloo on CPU, four and eight processes; over NCCL with the Triton kernels on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ def check(
     assert sum("scorer" in name for name in gradients) >= 4
     assert answer["different_selections"] == 0
     assert answer["loss"] <= loss_tolerance
-    worst = max(gradients, key=lambda name: gradients[name])
-    assert gradients[worst] <= tolerance, f"{worst}: {gradients[worst]}"
+    wrong = {name: error for name, error in gradients.items() if not error <= tolerance}  # NaN too
+    assert not wrong, wrong
 
 
 def parameters_of(name: str) -> int:
@@ -88,9 +89,8 @@ def check_gpus(answers: Any, ranks: int, dtype: str) -> None:
             else:
                 check(answer, parameters_of(name), GPU_TOLERANCE[dtype], GPU_LOSS_TOLERANCE[dtype])
         except AssertionError as err:
-            worst = sorted(answer["gradients"].items(), key=lambda item: -item[1])[:3]
             loss, selections = answer["loss"], answer["different_selections"]
-            wrong.append(f"{name}: {err} (loss {loss:.1e}, {selections} other selections, {worst})")
+            wrong.append(f"{name}: {err} (loss {loss:.1e}, {selections} other selections)")
     assert not wrong, "\n".join(wrong)
 
 
@@ -100,9 +100,12 @@ def check_other_selections(answer: dict[str, Any], parameters: int) -> None:
     assert len(gradients) == parameters
     assert answer["different_selections"] <= BF16_TP_SELECTIONS * answer["selections"]
     assert answer["loss"] <= GPU_LOSS_TOLERANCE["bfloat16"]
-    others = {name: error for name, error in gradients.items() if "scorer" not in name}
-    worst = max(others, key=lambda name: others[name])
-    assert others[worst] <= BF16_TP_GRADIENT, f"{worst}: {others[worst]}"
+    wrong = {
+        name: error
+        for name, error in gradients.items()
+        if not (error <= BF16_TP_GRADIENT or ("scorer" in name and math.isfinite(error)))
+    }
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("dtype", list(GPU_TOLERANCE))
@@ -118,6 +121,7 @@ def test_every_case_on_gpus_is_checked(launched, dtype: str) -> None:
             {**right, "different_selections": right["selections"] // 30},
             {**right, "loss": 9e-3},
             {**right, "gradients": {**right["gradients"], "embedding.word_embeddings.weight": 0.5}},
+            {**right, "gradients": {**right["gradients"], "decoder.layers.1.self_attention.scorer.slope": math.nan}},
         ):
             with pytest.raises(AssertionError):
                 check_gpus({**answers, name: wrong}, 4, dtype)

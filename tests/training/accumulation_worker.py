@@ -185,7 +185,7 @@ def waits_in_backward(engine: Any, machine: parallel.Machine, step: int, micro_b
     split = profile_step(
         lambda: norms.append(take(engine, machine, step, micro_batches, shapes=LARGE)), engine.module
     )
-    assert split.waits  # that of the optimizer's decision at least
+    assert split.waits  # for the norm at least, which `take_step` reads
     return norms[0], split.waits["backward"]
 
 

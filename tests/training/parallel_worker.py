@@ -48,7 +48,7 @@ from gloo_device import share_gloo_device  # noqa: E402
 
 CHANGED = [
     "--weight-decay", "0.3", "--adam-beta1", "0.8", "--adam-beta2", "0.9", "--adam-eps", "1e-6",
-    "--sparsek-lr-mult", "2",
+    "--sparsek-lr-mult", "2", "--clip-grad", "0.25",
 ]  # fmt: skip
 
 
@@ -160,17 +160,18 @@ def trajectory(
         again = trainer()
         load(again.engine, config, machine, step=resume_at)
         again.train(resume_at, StopRequest())
-    groups = None
+    groups = largest_norm = None
     if saved := resume_at or start_at:
         changed, _ = parse([*argv, *CHANGED])
         engine = engine_of(changed)
         load(engine, changed, machine, step=saved)
         names = ("weight_decay", "betas", "eps", "lr_mult")
         groups = [{name: group[name] for name in names} for group in engine.optimizer.param_groups]
+        largest_norm = getattr(engine.optimizer, "clip_grad", engine.gradient_clipping())
     parallel.shutdown()
     return {
         "records": recorder.records, "shared_weights_are_equal": shared, "hyperparameters": groups,
-        "lines": recorder.lines, "digests": recorder.digests, "error": error,
+        "clip_grad": largest_norm, "lines": recorder.lines, "digests": recorder.digests, "error": error,
         "buffers": len(used), "reserved": sum(reserved.get(key) is buffer for key, buffer in used.items()),
     }  # fmt: skip
 

@@ -87,6 +87,26 @@ def test_an_apex_without_its_cuda_extensions_is_passed_over(monkeypatch, capsys,
     assert said == "" if runs else said.startswith("Apex FusedAdam does not run here (apex.optimizers.FusedAdam req")
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "torch fused AdamW"), ({"zero_stage": 2}, "torch fused AdamW"), ({"bf16": False}, "DeepSpeed FusedAdam"),
+        ({"zero_stage": 3}, "DeepSpeed FusedAdam"), ({"zero_stage": 0}, "DeepSpeed FusedAdam"),
+    ],
+)  # fmt: skip
+def test_zero_1_and_2_in_bf16_take_the_optimizer_that_skips_on_the_device(monkeypatch, changes, name):
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, groups, adam_w_mode, **options):
+            super().__init__(groups, **options)
+
+    monkeypatch.setattr("deepspeed.ops.adam.FusedAdam", FusedAdam)
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
+    machine = Machine(0, 1, torch.device("cuda"), torch.distributed.HashStore())
+    config = dataclasses.replace(CONFIG, **{"zero_stage": 1, **changes})
+    optimizer, said = build_optimizer(config, parameter_groups(config, scored_model()), machine)
+    assert said == name and bool(optimizer.param_groups[0]["fused"]) == (name == "torch fused AdamW")
+
+
 def test_deepspeed_is_shown_no_sequence_parallelism():
     names = dir(DeepSpeedMpu)
     assert not [name for name in names if "sequence" in name]

@@ -152,7 +152,7 @@ def test_the_flags_of_the_run_that_resumes_hold_and_not_the_checkpoints(results,
     flags = {"betas": [0.8, 0.9], "eps": 1e-6}
     kinds = [(0.0, 1.0), (0.0, 2.0), (0.3, 1.0), (0.3, 2.0)]  # norms, slopes, weights, the scorer's weights
     wanted = [flags | {"weight_decay": decay, "lr_mult": rate} for decay, rate in kinds]
-    assert results[layout]["hyperparameters"] == wanted
+    assert results[layout]["hyperparameters"] == wanted and results[layout]["clip_grad"] == 0.25
 
 
 def whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:

@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 OFFLOADED = {f"zero{n}_offload": {"zero_stage": n, "offload": True} for n in (1, 2, 3)}
 # The optimizer of a GPU, which leaves a step with a NaN undone without the host's knowledge.
-FUSED = {f"zero{n}_fused": {"zero_stage": n, "fused": True} for n in (1, 2)}
+FUSED = {f"zero{n}_fused": {"zero_stage": n, "fused": True, "clip_grad": 0.2} for n in (1, 2)}
 GPU_CASES = {f"zero{n}": {"zero_stage": n} for n in (1, 2, 3)}
 WAITING = {
     f"zero{stage}_{count}": {"by": "end_of_backward", "zero_stage": stage, "micro_batches": count}
