@@ -153,8 +153,8 @@ def choose(folder: Path, machine: Machine) -> int | None:
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
     """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout that
-    it was saved in, RNG states too. Weight decay and what else this run's settings say about
-    the optimizer stay, the norm that gradients are clipped to among them.
+    it was saved in, RNG states too. Weight decay and what else this run's settings say about the optimizer stay, the
+    norm that gradients are clipped to among them.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.

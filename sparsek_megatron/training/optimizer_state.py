@@ -35,11 +35,11 @@ def _as_own(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         settings = {name: value for name, value in own.items() if name not in ("params", "step")}
         # Each kind leaves the others' count where it was when it took the state over: the larger one is in force.
-        steps = int(group.get("step", 0))
+        of_group = most = int(group.get("step", 0))
         for key in group["params"]:
             if entries := state.get(key):
-                steps = max(steps, int(entries.get("step", 0)))
-                count = torch.tensor(steps, dtype=torch.float32) if in_tensors else steps
-                state[key] = entries | {"step": count}
-        groups.append(settings | {"params": group["params"]} | ({"step": steps} if steps and not in_tensors else {}))
+                steps = max(of_group, int(entries.get("step", 0)))
+                state[key] = entries | {"step": torch.tensor(steps, dtype=torch.float32) if in_tensors else steps}
+                most = max(most, steps)
+        groups.append(settings | {"params": group["params"]} | ({"step": most} if most and not in_tensors else {}))
     return saved | {"state": state, "param_groups": groups}

@@ -111,6 +111,17 @@ def test_settings_stay_those_of_the_run_and_so_does_the_kernel(saving):
     assert all(map(torch.equal, weights_of(loaded), unchanged))
 
 
+def test_a_parameter_that_took_fewer_steps_keeps_its_own_count():
+    saved = optimizer("torch", [torch.ones(3), torch.ones(2), torch.ones(4)])
+    take_steps(saved, 0, 3)
+    saved.param_groups[1]["params"][1].grad = None
+    saved.param_groups[1]["params"][0].grad = torch.ones(2)
+    saved.step()
+    loaded = optimizer("torch", weights_of(saved))
+    loaded.load_state_dict(saved.state_dict())
+    assert [float(loaded.state[p]["step"]) for group in loaded.param_groups for p in group["params"]] == [4, 4, 3]
+
+
 def test_a_state_of_other_groups_is_refused():
     other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="the state has 1 parameter groups, this run 2"):
