@@ -61,8 +61,22 @@ class DenseCoreAttention(_CoreAttention):
             )
 
 
+FLEX_ELEMENTS = 2**31
+"""flex_attention counts offsets in int32; beyond, it reads elsewhere without a word (pytorch issue 190857)."""
+
+
+def _near(x: Tensor) -> Tensor:
+    """`x`, or a copy without gaps where its last element lies further from its first than flex_attention counts."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x if last < FLEX_ELEMENTS else x.contiguous()
+
+
 class WindowCoreAttention(_CoreAttention):
-    """Each query attends to the `width` most recent keys, by a compiled flex_attention."""
+    """Each query attends to the `width` most recent keys, by a compiled flex_attention.
+
+    Values are a view of the fused QKV product and lie too far apart for its offsets before anything else does; they are
+    copied then.
+    """
 
     width = 0
     _masks: dict[int, Any] = {}  # noqa: RUF012 - one per length, shared by all layers
@@ -83,6 +97,7 @@ class WindowCoreAttention(_CoreAttention):
             )
             cls._compiled = cls._compiled or torch.compile(flex_attention, dynamic=False)
         grouped = key.shape[1] != query.shape[1]
+        query, key, value = (_near(x) for x in (query, key, value))
         return cls._compiled(
             query, key, value, block_mask=cls._masks[length], scale=self.scale, enable_gqa=grouped
         )

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from training_benchmark.arms import ARMS
+from training_benchmark.arms import ARMS, FLEX_ELEMENTS
 from training_benchmark.model import Options, training_config
 from training_benchmark.shapes import SHAPES, Shape
 from training_benchmark.trainers import TRAINERS
@@ -117,8 +117,7 @@ def check(args: argparse.Namespace, world_size: int, *, on_gpu: bool) -> None:
             f"--longest-dense {args.longest_dense}: leaves no case, for --arms has dense alone and its shortest "
             f"--tokens is {min(args.tokens)}; raise it or add an arm"
         )
-    if "window" in args.arms and not on_gpu:
-        raise UserError("--arms window: flex_attention's backward needs a GPU; use --arms dense sparsek")
+    _check_window(args, cases, on_gpu=on_gpu)
     sparsek = sparsek_config(args)
     for case in cases:
         config = dataclasses.replace(configuration(args, case, sparsek), peak_tflops=args.peak_tflops)
@@ -132,6 +131,20 @@ def check(args: argparse.Namespace, world_size: int, *, on_gpu: bool) -> None:
                 f"--vocab-size {args.vocab_size}: not divisible by {config.tensor_model_parallel_size} "
                 f"tensor-parallel ranks of the {case.arm} arm"
             )
+
+
+def _check_window(args: argparse.Namespace, cases: list[Case], *, on_gpu: bool) -> None:
+    """What flex_attention can do: its offsets are int32."""
+    for case in cases:
+        elements = case.tokens * case.shape.num_attention_heads * case.shape.kv_channels
+        if case.arm == "window" and elements > FLEX_ELEMENTS * layout(args, case.arm)[0]:
+            raise UserError(
+                f"--tokens {case.tokens}: the window arm's flex_attention addresses 2^31 elements of a rank's queries, "
+                f"and shape {case.shape_name} has {elements} in all; use more --tensor-model-parallel-size or leave "
+                "window out of --arms"
+            )
+    if "window" in args.arms and not on_gpu:
+        raise UserError("--arms window: flex_attention's backward needs a GPU; use --arms dense sparsek")
 
 
 def _check_names(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from training_benchmark.trace import Split
@@ -77,6 +78,15 @@ class Row:
         if self.dense_tokens_per_second is None or self.tokens_per_second is None:
             return None
         return self.tokens_per_second / self.dense_tokens_per_second
+
+
+def reject_without_loss(row: Row) -> None:
+    """A step whose loss is no number computed something else, and matrix products of NaN take less time than others:
+    such a row keeps its loss and no measurement.
+    """
+    if row.loss is not None and not math.isfinite(row.loss):
+        row.error = f"loss is {row.loss}: not a measurement"
+        row.step_ms = row.tokens_per_second = row.model_tflops = row.mfu = row.peak_gib = row.split = None
 
 
 def compare_with_dense(row: Row, rows: list[Row]) -> None:

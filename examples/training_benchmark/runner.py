@@ -18,7 +18,7 @@ from training_benchmark.cases import Case
 from training_benchmark.graph import prepare_captures
 from training_benchmark.model import build, device_batch, read_tokens
 from training_benchmark.plot import plot
-from training_benchmark.row import Row, compare_with_dense, line
+from training_benchmark.row import Row, compare_with_dense, line, reject_without_loss
 from training_benchmark.table import attention_settings, origin, write_csv
 from training_benchmark.trace import places_of_waits, profile_step
 from training_benchmark.trainers import build_trainer
@@ -136,6 +136,7 @@ class Benchmark:
                     trainer = build_trainer(case.trainer, config, model, self.machine)
                 self.measure(row, case, trainer, model)
                 row = ranks.agree(row, self.machine)
+                reject_without_loss(row)
             except torch.cuda.OutOfMemoryError:
                 if self.machine.world_size > 1:
                     ranks.end_launch(self.machine, lambda case=case, row=row: self.tell_the_end(case, row))

@@ -7,6 +7,10 @@ from small_benchmark import started_with
 FULL = "--arms sparsek --recompute-granularity full"
 MISTAKES = [
     ("--arms window", "--arms window: flex_attention's backward needs a GPU"),
+    (
+        "--arms window --shape 3b --tokens 1048576",
+        "--tokens 1048576: the window arm's flex_attention addresses 2^31 elements of a rank's queries",
+    ),
     ("--arms sparse", "--arms sparse: must be among dense, window, sparsek"),
     ("--vocab-size 100", "--vocab-size 100: the data has token id"),
     ("--data-path nowhere", "--data-path nowhere: no dataset of that name"),

@@ -11,7 +11,8 @@ from programs import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 from training_benchmark import ranks
-from training_benchmark.row import Row
+from training_benchmark.arms import FLEX_ELEMENTS, _near
+from training_benchmark.row import Row, compare_with_dense, line, reject_without_loss
 from training_benchmark.shapes import SHAPES, causal_pairs, window_pairs
 from training_benchmark.table import COLUMNS, read_csv
 
@@ -50,6 +51,30 @@ def test_a_row_has_the_memory_of_the_rank_that_held_most_and_the_mean_loss(monke
     row = Row("8b", 4, 1024, "sparsek", "mcore", 3, 1, 1, "", loss=5.0, peak_gib=3.0)
     agreed = ranks.agree(row, Machine(0, 3, torch.device("cpu"), dist.HashStore()))
     assert (agreed.loss, agreed.peak_gib) == (6.0, 12.5)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_step_without_a_loss_measures_nothing(loss):
+    row = Row("8b", 4, 1024, "dense", "mcore", 1, 1, 1, "", step_ms=5.0, tokens_per_second=7.0, loss=loss)
+    other = Row("8b", 4, 1024, "sparsek", "mcore", 1, 1, 1, "", step_ms=4.0, tokens_per_second=9.0, loss=6.0)
+    for each in (row, other):
+        reject_without_loss(each)
+        compare_with_dense(each, [row, other])
+    assert row.step_ms is None and line(row).endswith(f"loss is {loss}: not a measurement")
+    assert other.step_ms == 4.0 and other.speedup is None and not other.error
+
+
+def test_what_flex_attention_cannot_address_is_copied():
+    """As values of a fused QKV product lie: 6,144 elements apart, in a storage of which nothing is touched."""
+    tokens = 8
+    for stride, copied in ((FLEX_ELEMENTS // tokens, False), (FLEX_ELEMENTS // (tokens - 1) + 1, True)):
+        storage = torch.empty(FLEX_ELEMENTS + 2**20, dtype=torch.bfloat16)
+        values = storage.as_strided((1, 2, tokens, 4), (0, 4, stride, 1))
+        values.copy_(torch.randn(values.shape))
+        near = _near(values)
+        assert torch.equal(near, values)
+        assert (near is values) != copied
+        assert near.is_contiguous() == copied
 
 
 def test_the_committed_table_has_the_programs_columns_and_marks_what_later_rows_replace():
