@@ -24,6 +24,7 @@ ENTRIES = (
 
 def attention_backward_key(plan: AttentionPlan, query, key, value, scores, selection, d_out, lse, delta):
     """-> (d_key, d_value [b, E, hkv, d], key_sum [b, hkv, E] fp32), carried keys included."""
+    query, d_out = _with_near_heads(plan, query), _with_near_heads(plan, d_out)
     rows, topk, capacity, device = plan.batch * plan.kv_heads, plan.topk, plan.capacity, key.device
     allocate = torch.zeros if plan.packed else torch.empty  # rows past the last sequence are never written
     d_key = allocate(key.shape, dtype=key.dtype, device=device)
@@ -48,6 +49,15 @@ def attention_backward_key(plan: AttentionPlan, query, key, value, scores, selec
     }  # fmt: skip
     plan.run(_launches, buffers)
     return d_key, d_value, key_sum
+
+
+def _with_near_heads(plan: AttentionPlan, x: torch.Tensor) -> torch.Tensor:
+    """`x` [b, s, hq, d], copied where heads of one group lie 2^31 elements apart, as views of [b, h, s, d] may.
+
+    The kernels multiply a head's place in its group and the stride of heads in int32. In int64 forward and backward
+    together took 3.6 % longer, for a layout that hardly anyone has.
+    """
+    return x if (plan.group - 1) * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:

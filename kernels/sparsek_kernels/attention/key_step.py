@@ -55,7 +55,6 @@ def query_rows(
     dim = tl.arange(0, D_PAD)[None, :]
     ok_2d = ok[:, None] & (dim < D)
     row = token.to(tl.int64)
-    member += tl.zeros([], tl.int64)  # heads of a [b, h, s, d] layout lie s * d elements apart
     q = tl.load(q_base + member * q_head + row[:, None] * q_token + dim, ok_2d, 0.0)
     d_out = tl.load(do_base + member * do_head + row[:, None] * do_token + dim, ok_2d, 0.0)
     stat = row + member * tokens
