@@ -28,7 +28,7 @@ from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
 from sparsek_megatron.context_parallel import check_first_layer
 from sparsek_megatron.diagnostics import pool_overflow
-from sparsek_megatron.environment import settings_from_environment
+from sparsek_megatron.environment import resolve_settings
 from sparsek_megatron.inference import CachedScores, cache_rows, new_positions, rotary_at
 from sparsek_megatron.norm import QKNorm
 from sparsek_megatron.packing import check_packed_batch, packed_boundaries, token_positions
@@ -91,7 +91,7 @@ class SparseKSelfAttention(SelfAttention):
             refuse_missing_experts(config, layer_slots or {})
             submodules = complete_submodules(submodules, config, fused_input_norm=fused_input_norm)
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
-        self.sparsek, source = (sparsek, "code") if sparsek else settings_from_environment()
+        self.sparsek, source = resolve_settings(sparsek)
         check_first_layer(self.sparsek, config.cp_comm_type, self.pg_collection)
         own_norm = fused_input_norm if self.sparsek.scorer_norm is None else self.sparsek.scorer_norm
         self.scorer = ScoringNetwork(config, self.sparsek, tp_group=self.pg_collection.tp, own_norm=own_norm)

@@ -91,3 +91,13 @@ def settings_from(environment: Mapping[str, str]) -> tuple[SparseKConfig, str]:
 def settings_from_environment() -> tuple[SparseKConfig, str]:
     """`settings_from` this process's environment, read once."""
     return settings_from(os.environ)
+
+
+def resolve_settings(sparsek: SparseKConfig | None) -> tuple[SparseKConfig, str]:
+    """`sparsek`, or the environment's without one, and where it came from in words: "code" unless a spec that was
+    given none took it from the environment. The environment is not read where code has given settings.
+    """
+    read = settings_from_environment.cache_info().currsize > 0
+    if sparsek is None or (read and sparsek is settings_from_environment()[0]):
+        return settings_from_environment()
+    return sparsek, "code"

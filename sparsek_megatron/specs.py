@@ -234,11 +234,19 @@ def get_sparsek_mtp_block_spec(
     spec: the model's own, from `get_sparsek_block_spec` or `get_sparsek_layer_spec`, whose last layer these layers
     contain. megatron-core's `get_gpt_mtp_block_spec`, with `sparsek_megatron.Norm` in the norm slots of the local
     backend: the stock ones refuse sequence parallelism. transformer_impl and pp_rank as there.
+
+    Raises ValueError where this stage has prediction layers and `spec` no layer.
     """
     local = resolve_implementation(transformer_impl, config) == "local"
-    block: Any = gpt_layer_specs.get_gpt_mtp_block_spec(
-        config, spec, use_transformer_engine=not local, vp_stage=vp_stage, pp_rank=pp_rank
-    )
+    try:
+        block: Any = gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=not local, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    except IndexError:  # it takes the last of none
+        raise ValueError(
+            "get_sparsek_mtp_block_spec: spec has no decoder layer on this pipeline stage for its prediction layers "
+            "to be like; pass get_sparsek_layer_spec(config), or place a decoder layer there"
+        ) from None
     if block is None or not local:
         return block
     layers = [
@@ -254,9 +262,11 @@ def sparsek_spec(*args: Any, vp_stage: int | None = None, **keywords: Any) -> Tr
     """Block spec for loaders that call what `--spec` names.
 
     Accepts `(config)`, `(config, vp_stage)` and `(args, config, vp_stage)`, positionally or by keyword: the
-    conventions of Megatron-LM with megatron-core 0.19 and of slime. Settings come from the environment.
+    conventions of Megatron-LM with megatron-core 0.19 and of slime. Megatron-LM's config is its `GPTModelConfig`,
+    which is no TransformerConfig and holds one as `transformer`. Settings come from the environment.
     """
-    found = [arg for arg in (*args, *keywords.values()) if isinstance(arg, TransformerConfig)]
+    given = (getattr(arg, "transformer", arg) for arg in (*args, *keywords.values()))
+    found = [arg for arg in given if isinstance(arg, TransformerConfig)]
     if not found:
         raise ValueError(
             "sparsek_spec: no TransformerConfig among the arguments; call sparsek_spec(config, vp_stage)"

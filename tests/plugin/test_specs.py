@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import te_stubs
 import torch
 from mcore_harness import batch, build_gpt, randomise, relative_errors, tiny_config
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.transformer import transformer_block
+from megatron.core.transformer import TransformerConfig, transformer_block
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.torch_norm import L2Norm
@@ -127,6 +129,42 @@ def test_the_function_takes_every_loaders_arguments(call: str, settings: Any) ->
         sparsek_spec(args)
 
 
+class ModelConfigStandIn:
+    """Like `GPTModelConfig`, with which Megatron-LM 0.19 calls the function: no TransformerConfig, but holding one as
+    `transformer` and answering for its attributes.
+    """
+
+    def __init__(self, transformer: TransformerConfig) -> None:
+        self.transformer = transformer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transformer, name)
+
+
+def test_the_function_takes_the_model_config_of_megatron_lm_and_its_stage(settings: Any) -> None:
+    """Layer 2 of 4 is the one that the second virtual stage of the first of two pipeline ranks builds."""
+    settings(DENSE_LAYERS="2")
+    config = tiny_config(num_layers=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    assert "vp_stage" in inspect.signature(sparsek_spec).parameters, "Megatron-LM asks before it passes one"
+    for stage, module in ((0, SparseKSelfAttention), (1, SelfAttention)):
+        layers: Any = sparsek_spec(ModelConfigStandIn(config), vp_stage=stage).layer_specs
+        assert [layer.submodules.self_attention.module for layer in layers] == [module]
+    assert config.hetereogenous_dist_checkpoint, "set on the configuration that the model is built from"
+
+
+@pytest.mark.parametrize("make", [get_sparsek_layer_spec, get_sparsek_block_spec, sparsek_spec])
+def test_settings_that_a_spec_took_from_the_environment_are_reported_so(make: Any, settings: Any, capfd: Any) -> None:
+    settings(TOPK="5", WINDOW="4")
+    config = tiny_config()
+    report._reported.clear()
+    build_gpt(config, make(config))
+    assert "(settings: SPARSEK_TOPK, SPARSEK_WINDOW): topk=5 window=4" in capfd.readouterr().out
+    if make is not sparsek_spec:
+        given = environment.settings_from_environment()[0]
+        build_gpt(config, make(config, sparsek=dataclasses.replace(given)))
+        assert "(settings: code): topk=5 window=4" in capfd.readouterr().out
+
+
 def test_every_norm_of_a_local_model_is_ours_and_shards_along_the_sequence() -> None:
     config = tiny_config(sequence_parallel=True, tensor_model_parallel_size=2)
     config.tensor_model_parallel_size = 1
@@ -155,6 +193,9 @@ def test_norms_of_prediction_layers_are_ours_where_the_stock_ones_refuse_sequenc
     loss_of(model).backward()
     assert all(p.grad is not None for p in layer.parameters())
     assert get_sparsek_mtp_block_spec(tiny_config(), spec) is None
+    empty = TransformerBlockSubmodules(layer_specs=[], layer_norm=Norm)
+    with pytest.raises(ValueError, match="spec has no decoder layer on this pipeline stage"):
+        get_sparsek_mtp_block_spec(config, empty)
 
 
 def test_one_layer_spec_refuses_a_model_of_dense_and_expert_layers() -> None:
