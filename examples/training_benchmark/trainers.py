@@ -33,7 +33,7 @@ class DeepSpeedTrainer:
     """ZeRO stage 1 through the engine that `examples/pretrain_gpt.py` uses."""
 
     def __init__(self, config: TrainingConfig, model: torch.nn.Module, machine: Machine) -> None:
-        self.engine, self.optimizer_name = build_engine(config, model, machine)
+        self.engine, _ = build_engine(config, model, machine)
         self.engine.train()
 
     def step(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -78,7 +78,6 @@ class MegatronTrainer:
             use_distributed_optimizer=True,
         )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
-        self.optimizer_name = "megatron-core distributed optimizer"
         self.gradients = Replay(self._gradients)
 
     def step(self, tokens: Tensor, labels: Tensor) -> Tensor:

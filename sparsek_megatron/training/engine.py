@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed around the model: parameter groups, the optimizer that the machine has, and the ZeRO configuration."""
 
+import contextlib
 import copy
 import importlib.util
 import logging
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -121,7 +123,7 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
         require_readable(config.deepspeed_config, settings)
     optimizer, name = build_optimizer(config, parameter_groups(config, model), machine)
     keep_own_settings(optimizer)
-    with zero_1_in_fp32():
+    with zero_1_in_fp32(), _without_steps(optimizer):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -135,6 +137,19 @@ def build_engine(config: TrainingConfig, model: torch.nn.Module, machine: Machin
     if _steps_without_norm(engine):
         engine.clip_fp32_gradients = lambda: None  # `take_step` does
     return engine, name
+
+
+@contextlib.contextmanager
+def _without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """DeepSpeed's optimizer for bf16 without ZeRO takes a step on zero gradients as it is made: Adam's count would
+    begin at 1, and the weights would decay once.
+    """
+    step = optimizer.step
+    optimizer.step = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        optimizer.step = step
 
 
 def require_readable(path: str, settings: dict[str, Any]) -> None:

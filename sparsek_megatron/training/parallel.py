@@ -63,7 +63,13 @@ def initialize(config: TrainingConfig) -> Machine:
     )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"process {local} of this node (from 0) has no GPU: there are {count}; start at most as many "
+                "(--nproc-per-node, NPROC_PER_NODE)"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         from sparsek_megatron.cpu import enable_cpu

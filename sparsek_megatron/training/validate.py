@@ -189,6 +189,11 @@ def check_deepspeed(config: TrainingConfig, world_size: int, *, on_gpu: bool) ->
     """ZeRO's own settings and the user's JSON file."""
     if config.offload_optimizer and config.zero_stage == 0:
         raise UserError("--offload-optimizer: needs a partitioned optimizer; use --zero-stage 1, 2 or 3")
+    if config.mlp_tile_tokens and config.zero_stage == 3:
+        raise UserError(
+            f"--mlp-tile-tokens {config.mlp_tile_tokens}: under ZeRO-3 no tile would find the whole weights; "
+            "use --zero-stage 1 or 2, or leave it out"
+        )
     bf16 = on_gpu if config.bf16 is None else config.bf16
     build_ds_config(config, data_parallel=config.data_parallel_size(world_size), bf16=bf16, overlap=on_gpu)
 

@@ -179,6 +179,29 @@ def accumulate(
     return result
 
 
+def first_step(machine: parallel.Machine, *, zero_stage: int) -> dict[str, Any]:
+    """Adam's step counts before and after one step, and whether fp32 weights were the model's before it."""
+    config = TrainingConfig(
+        lr=0.01, micro_batch_size=1, global_batch_size=machine.world_size, zero_stage=zero_stage, bf16=True,
+        clip_grad=0.0, weight_decay=0.5, seq_length=64,
+    )  # fmt: skip
+    engine = build(machine, config, {"reduce_bucket_size": BUCKET})
+    optimizer = engine.optimizer.optimizer
+
+    def counts() -> list[float]:
+        return sorted({float(state["step"]) for state in optimizer.state.values() if "step" in state})
+
+    def values(tensors: Any) -> Tensor:
+        flat = torch.cat([x.detach().float().flatten() for x in tensors])
+        return flat[flat != 0].sort().values  # ZeRO pads with zeros
+
+    weights = values(weight for group in optimizer.param_groups for weight in group["params"])
+    result = {"before": counts(), "kept": torch.equal(weights, values(engine.module.parameters()))}
+    set_learning_rate(engine, config.lr)
+    take(engine, machine, 1, 1)
+    return result | {"after": counts()}
+
+
 def waits_in_backward(engine: Any, machine: parallel.Machine, step: int, micro_batches: int) -> tuple[float, int]:
     """Takes optimizer step `step`; its norm, and how often the host waits for the GPU within its backward passes."""
     norms: list[float] = []
@@ -227,7 +250,7 @@ def run(cases: dict[str, Any]) -> None:
         share_gloo_device()
     write_whole_lines()
     machine = parallel.initialize(TrainingConfig(seq_length=64))
-    measure = {"accumulate": accumulate, "end_of_backward": end_of_backward}
+    measure = {"accumulate": accumulate, "end_of_backward": end_of_backward, "first_step": first_step}
     results = {name: measure[case.pop("by", "accumulate")](machine, **case) for name, case in cases.items()}
     if dist.get_rank() == 0:
         print("RESULTS " + json.dumps(results), flush=True)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from programs import REPOSITORY, run
 
 from sparsek_megatron.errors import UserError
@@ -19,7 +20,7 @@ from sparsek_megatron.training.launcher import world_size_of_environment
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.parallel import initialize
 from sparsek_megatron.training.pretrain import pretrain
-from sparsek_megatron.training.validate import check_precision, check_ranges, sparsek_config
+from sparsek_megatron.training.validate import check_deepspeed, check_precision, check_ranges, sparsek_config
 
 NEEDED = ["--save", "runs/x", "--tokenizer-model", "t.model"]
 
@@ -232,6 +233,22 @@ def test_a_zero3_checkpoint_of_another_layout_is_refused(prepared, refused, tmp_
     checkpoint_of(parse(flags)[0], save, sha256, **changes)
     message = refused(pretrain, flags, "")
     assert said in message and "only ZeRO 1 and 2" in message
+
+
+def test_mlp_tiles_need_whole_weights(prepared):
+    config, _ = parse([*prepared.flags(Path("x")), "--zero-stage", "3", "--mlp-tile-tokens", "16"])
+    with pytest.raises(UserError, match="--mlp-tile-tokens 16: under ZeRO-3"):
+        check_deepspeed(config, 1, on_gpu=False)
+    check_deepspeed(dataclasses.replace(config, zero_stage=2), 1, on_gpu=False)
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for given in ("RANK=2", "WORLD_SIZE=4", "LOCAL_RANK=2", "MASTER_ADDR=x", "MASTER_PORT=1"):
+        monkeypatch.setenv(*given.split("="))
+    with pytest.raises(UserError, match=r"process 2 of this node \(from 0\) has no GPU: there are 2; start at most"):
+        initialize(TrainingConfig())
 
 
 def test_bf16_with_tensor_parallelism_needs_zero(prepared):

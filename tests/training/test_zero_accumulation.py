@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 OFFLOADED = {f"zero{n}_offload": {"zero_stage": n, "offload": True} for n in (1, 2, 3)}
 # The optimizer of a GPU, which leaves a step with a NaN undone without the host's knowledge.
 FUSED = {f"zero{n}_fused": {"zero_stage": n, "fused": True, "clip_grad": 0.2} for n in (1, 2)}
+FIRST = {f"first_step_of_zero{n}": {"by": "first_step", "zero_stage": n} for n in (0, 1)}
 GPU_CASES = {f"zero{n}": {"zero_stage": n} for n in (1, 2, 3)}
 WAITING = {
     f"zero{stage}_{count}": {"by": "end_of_backward", "zero_stage": stage, "micro_batches": count}
@@ -42,7 +43,7 @@ def named(cases: dict[str, dict[str, Any]], ranks: int, **more: Any) -> list[Any
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     cases = CASES | FUSED | (OFFLOADED if OFFLOAD else {})
-    launches = [named(cases, ranks, micro_batches=32) for ranks in (1, 2)]
+    launches = [named(cases, ranks, micro_batches=32) for ranks in (1, 2)] + [named(FIRST, 1)]
     return read_results(finish(start_program(WORKER, json.dumps(launches))))
 
 
@@ -60,15 +61,26 @@ def test_micro_batches_add_up_in_fp32(results, case, ranks):
     check(results[f"{case}_on_{ranks}"], on_device=case in FUSED)
 
 
+@pytest.mark.parametrize("case", list(FIRST))
+def test_no_step_is_taken_before_the_first(results, case):
+    """DeepSpeed's optimizer for bf16 without ZeRO took one on zeros as it was made."""
+    assert results[f"{case}_on_1"] == {"before": [], "kept": True, "after": [1.0]}
+
+
 @pytest.fixture(scope="module")
 def gpu_results() -> dict[int, dict[str, Any]]:
     found = {}
     for ranks in (1, 2)[: torch.cuda.device_count()]:
-        cases = named(GPU_CASES, ranks, micro_batches=32)[1] | named(WAITING, ranks)[1]
+        cases = named(GPU_CASES, ranks, micro_batches=32)[1] | named(WAITING | ({} if ranks > 1 else FIRST), ranks)[1]
         launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
         process = start_program("-m", *launcher, WORKER, json.dumps([[ranks, cases]]), gpu=True)
         found[ranks] = read_results(finish(process))
     return found
+
+
+@pytest.mark.gpu
+def test_no_step_is_taken_before_the_first_on_a_gpu(gpu_results):
+    assert gpu_results[1]["first_step_of_zero0_on_1"] == {"before": [], "kept": True, "after": [1.0]}
 
 
 @pytest.mark.gpu
