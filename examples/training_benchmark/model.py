@@ -16,6 +16,7 @@ from training_benchmark.shapes import Shape
 
 from sparsek_megatron import SparseKConfig
 from sparsek_megatron.async_tensor_parallel import use_async_tensor_parallel
+from sparsek_megatron.data.whole import require_whole
 from sparsek_megatron.errors import UserError, refusals_for_the_user
 from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
 from sparsek_megatron.rope import use_fused_rope
@@ -133,6 +134,7 @@ def read_tokens(prefix: str | None, count: int) -> tuple[np.ndarray, str]:
 
         if not IndexedDataset.exists(prefix):
             raise UserError(f"--data-path {prefix}: no dataset of that name (.bin and .idx)")
+        require_whole("--data-path", prefix)
         dataset: Any = IndexedDataset(prefix)
         documents: Any = (np.asarray(dataset[i], dtype=np.int64) for i in range(len(dataset)))
         source = prefix

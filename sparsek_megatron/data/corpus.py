@@ -119,6 +119,9 @@ def _json_text(source: Source, number: int, raw: bytes, json_key: str) -> str:
         raise UserError(f"{where}: not UTF-8 at byte {err.start} of the line; convert the file") from None
     except json.JSONDecodeError as err:
         raise UserError(f"{where}: not valid JSON ({err.msg} at column {err.colno}); mend or remove the line") from None
+    except (ValueError, RecursionError) as err:  # an integer of too many digits for Python, or too deep a nesting
+        reason = str(err).partition(";")[0]
+        raise UserError(f"{where}: not valid JSON for this program ({reason}); mend or remove the line") from None
     if not isinstance(record, dict) or json_key not in record:
         keys = ", ".join(sorted(record)) if isinstance(record, dict) else f"a {type(record).__name__}, not an object"
         raise UserError(f"{where}: no key {json_key!r} (found: {keys}); name the text's key with --json-keys")

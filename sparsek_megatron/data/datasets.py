@@ -10,14 +10,20 @@ import numpy as np
 import torch
 from megatron.core import __version__ as megatron_version
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader, Dataset
 
 from sparsek_megatron.data.card import read_card, unigram_entropy
 from sparsek_megatron.data.index_cache import complete_cache, plain_arrays
 from sparsek_megatron.data.paths import DataPaths, parse_blend, sample_tokens
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.data.whole import require_whole
 from sparsek_megatron.data.workers import ignore_sigterm_except_from_parent, kill_at_exit
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.stop_signals import signals_held
@@ -56,8 +62,8 @@ def build_datasets(
     Validation is None where `valid_samples` is 0.
 
     Raises:
-        UserError: the data is too short for one sample, a blend without weights is too short for the run, or the index
-            cache cannot be written.
+        UserError: the data is damaged or too short for one sample, a part of `--split` gets no token, a blend without
+            weights is too short for the run, or the index cache cannot be written.
     """
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     if paths.blend:
@@ -88,6 +94,8 @@ def build_datasets(
             return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
 
     _require_one_sample(paths, sequence_length)
+    if paths.blend:
+        _require_tokens_in_each_part(paths, sequence_length)
     train_set, valid_set, _ = build(complete_cache(cache, paths.prefixes(), settings, build))
     for flag, dataset, needed in (("train", train_set, train_samples), ("valid", valid_set, valid_samples)):
         if needed and (dataset is None or len(dataset) < needed):
@@ -100,14 +108,41 @@ def build_datasets(
 
 
 def _require_one_sample(paths: DataPaths, sequence_length: int) -> None:
-    for prefix in paths.prefixes():
+    for flag, given in paths.by_flag():
+        for prefix in parse_blend(given)[0]:
+            require_whole(flag, prefix)
+            dataset = IndexedDataset(prefix)  # kept: its arrays die with it
+            tokens = int(dataset.sequence_lengths.sum())
+            if tokens < sequence_length + 1:
+                raise UserError(
+                    f"--seq-length {sequence_length}: {prefix} has only {tokens:,} tokens; "
+                    "shorten the sequence or give more text"
+                )
+
+
+def _require_tokens_in_each_part(paths: DataPaths, sequence_length: int) -> None:
+    """Refuse a part of `--split` without tokens, the test part and those of zero samples included.
+
+    mcore would repeat such a part for ever, as it asks each for one token at least. In a blend without weights, where
+    nothing is repeated, it fails where a part of a dataset is shorter than one sample.
+    """
+    prefixes, weights = parse_blend(paths.blend)
+    least = 1 if weights or len(prefixes) == 1 else sequence_length + 1
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(paths.split))
+    for prefix in prefixes:
         dataset = IndexedDataset(prefix)  # kept: its arrays die with it
-        tokens = int(dataset.sequence_lengths.sum())
-        if tokens < sequence_length + 1:
-            raise UserError(
-                f"--seq-length {sequence_length}: {prefix} has only {tokens:,} tokens; "
-                "shorten the sequence or give more text"
-            )
+        lengths = dataset.sequence_lengths
+        for part, bounds in zip(Split, matrix, strict=True):
+            if bounds is None:
+                continue
+            first, last = (round(bound * float(len(lengths))) for bound in bounds)  # as mcore's builder
+            tokens = int(lengths[first:last].sum())
+            if tokens < least:
+                raise UserError(
+                    f"--split {paths.split}: the {part.name} part of {prefix} has {max(0, last - first):,} of its "
+                    f"{len(lengths):,} documents and {tokens:,} tokens, and needs {least:,}; give more documents, "
+                    "another --split, or separate --train-data-path and --valid-data-path"
+                )
 
 
 class StepSampler:

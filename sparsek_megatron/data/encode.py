@@ -2,9 +2,8 @@
 """Tokenize documents in parallel into Megatron's `IndexedDataset` files (`.bin`, `.idx`) and a `.json` beside them."""
 
 import json
-import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from tqdm import tqdm
 
 from sparsek_megatron.data.card import DatasetCard, unigram_entropy
 from sparsek_megatron.data.corpus import Document
+from sparsek_megatron.data.ordered import WorkerKilled, ordered_map
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import atomic_write, fsync_path, publish, temporary_sibling
 
 SUFFIXES = (".bin", ".json", ".idx")  # the order of publishing: a dataset exists once its index does
@@ -46,7 +47,7 @@ class DatasetWriter:
         self.documents += 1
 
     def finish(self) -> DatasetCard:
-        """Make the files durable and give them their names."""
+        """Make the files durable and give them their names. Cut short, it leaves no index, and so no dataset."""
         self._builder.finalize(str(self._partial[".idx"]))
         card = DatasetCard(
             tokenizer_sha256=self._tokenizer.sha256,
@@ -59,6 +60,8 @@ class DatasetWriter:
             json.dump(asdict(card), stream, indent=1)
         for suffix in SUFFIXES:
             fsync_path(self._partial[suffix])
+        self._final[".idx"].unlink(missing_ok=True)  # one that is replaced: it must not be found beside the new .bin
+        fsync_path(self._final[".idx"].parent)
         for suffix in SUFFIXES:
             publish(self._partial[suffix], self._final[suffix])
         return card
@@ -70,19 +73,6 @@ class DatasetWriter:
             partial.unlink(missing_ok=True)
 
 
-_worker_tokenizer: SentencePieceTokenizer
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = SentencePieceTokenizer(model)
-
-
-def _encode(document: Document) -> tuple[str, np.ndarray, int]:
-    ids = [*_worker_tokenizer.tokenize(document.text), _worker_tokenizer.eod]
-    return document.name, np.asarray(ids, dtype=np.int64), len(document.text)
-
-
 def encode_documents(
     documents: Iterable[Document], model: bytes, *, workers: int, total_bytes: int, label: str
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,14 +81,28 @@ def encode_documents(
     Args:
         model: the SentencePiece model's bytes.
         total_bytes: size of the corpus, for the progress bar alone.
+
+    Raises:
+        UserError: a process was killed; and what `documents` itself raises.
     """
-    # Fork: a spawned worker would import this module's torch and megatron again, for longer than small corpora take.
-    context = multiprocessing.get_context("fork")
-    with (
-        tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=None) as bar,
-        context.Pool(workers, initializer=_start_worker, initargs=(model,)) as pool,
-    ):
-        for name, ids, size in pool.imap(_encode, documents, chunksize=16):
-            bar.update(size)
-            yield name, ids
+
+    def start() -> Callable[[Document], tuple[str, np.ndarray, int]]:
+        tokenizer = SentencePieceTokenizer(model)
+
+        def encode(document: Document) -> tuple[str, np.ndarray, int]:
+            ids = [*tokenizer.tokenize(document.text), tokenizer.eod]
+            return document.name, np.asarray(ids, dtype=np.int64), len(document.text)
+
+        return encode
+
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=None) as bar:
+        try:
+            for name, ids, size in ordered_map(start, documents, processes=workers):
+                bar.update(size)
+                yield name, ids
+        except WorkerKilled as err:
+            raise UserError(
+                f"--workers {workers}: a tokenizing process was killed ({err}), as happens where memory runs out; "
+                "give fewer --workers, or more memory"
+            ) from None
         bar.update(max(0, total_bytes - bar.n))

@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsek_megatron.data.card import read_card
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
+from sparsek_megatron.data.whole import require_whole
 from sparsek_megatron.errors import UserError
 
 _SAMPLE = 50_000_000
@@ -68,8 +69,8 @@ def parse_split(given: str) -> list[float]:
 
 
 def check_data(paths: DataPaths, tokenizer: SentencePieceTokenizer, tokenizer_path: str) -> None:
-    """Raise `UserError` for missing or empty data, for data made with another tokenizer, and for parts or weights that
-    are no proportions.
+    """Raise `UserError` for missing, damaged or empty data, for data made with another tokenizer, and for parts or
+    weights that are no proportions.
     """
     if not paths.by_flag():
         raise UserError("no training data: give --data-path, or --train-data-path and --valid-data-path")
@@ -86,8 +87,7 @@ def check_data(paths: DataPaths, tokenizer: SentencePieceTokenizer, tokenizer_pa
                         f"{flag} {prefix}: {prefix}{suffix} does not exist; "
                         "give the prefix without suffix, or make the data with examples/prepare_data.py"
                     )
-            if Path(prefix + ".bin").stat().st_size == 0:
-                raise UserError(f"{flag} {prefix}: the dataset is empty; prepare it from text that is not")
+            require_whole(flag, prefix)
             _check_tokenizer(flag, prefix, tokenizer, tokenizer_path)
 
 

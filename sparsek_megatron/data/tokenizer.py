@@ -45,13 +45,18 @@ class SentencePieceTokenizer:
             UserError: the file is missing, is not a SentencePiece model, or has no end-of-document token.
         """
         try:
-            tokenizer = cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
+            if not model:  # SentencePiece takes it for no model given, and complains on stderr with each use
+                raise RuntimeError
+            tokenizer = cls(model)
         except OSError as err:
             raise UserError(
                 f"{flag} {path}: {err.strerror}; train one with examples/prepare_data.py --train-tokenizer"
             ) from None
         except RuntimeError:
-            raise UserError(f"{flag} {path}: not a SentencePiece model; give a .model file") from None
+            raise UserError(
+                f"{flag} {path}: not a SentencePiece model, or one cut short; give a .model file, or copy it again"
+            ) from None
         if tokenizer.eod < 0:
             raise UserError(f"{flag} {path}: the model has no end-of-sequence token; train it with one")
         return tokenizer

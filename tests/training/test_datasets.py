@@ -4,6 +4,8 @@
 import contextlib
 import os
 import pickle
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,16 +14,20 @@ import pytest
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import get_blend_from_list, normalize
-from programs import kill_all, start_code
+from programs import REPOSITORY, kill_all, start_code
 
-from sparsek_megatron.data import datasets, index_cache
+from sparsek_megatron.data import datasets, index_cache, whole
 from sparsek_megatron.data.datasets import StepSampler, batches, build_datasets, validation_entropy
 from sparsek_megatron.data.index_cache import complete_cache
-from sparsek_megatron.data.paths import DataPaths, parse_blend, parse_split
+from sparsek_megatron.data.paths import DataPaths, check_data, parse_blend, parse_split
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+from training_benchmark.model import read_tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -234,6 +240,103 @@ def test_too_little_data_is_refused(prepared, tmp_path):
     unweighted = DataPaths(train=(prepared.train, prepared.valid), valid=(prepared.valid,))
     with pytest.raises(UserError, match="give the blend weights"):
         build(prepared, tmp_path, unweighted, train=1_000_000)
+
+
+def dataset_of(prefix: Path, lengths: list[int]) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in lengths:
+        builder.add_document(np.full(length, 7), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture
+def at_most_a_minute():
+    """What waits for ever fails."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("a minute is over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "split", "said"),
+    [
+        ([200] * 10, "95,5,0", r"valid part of .*/data has 0 of its 10 documents and 0 tokens"),
+        ([200] * 40, "99.99,0.01,0", "valid part of .*/(data|large) has 0 of its [24]0+ documents"),
+        ([200] * 40, "95,4,1", "test part of .*/data has 0 of its 40"),
+        ([200] * 19 + [0], "95,5,0", "valid part of .*/data has 1 of its 20 documents and 0 tokens"),
+    ],
+)
+def test_a_part_of_the_split_without_tokens_is_refused(prepared, tmp_path, at_most_a_minute, lengths, split, said):
+    data, large = dataset_of(tmp_path / "data", lengths), dataset_of(tmp_path / "large", [200] * 200)
+    blends = [(data,), ("1", data), ("0.5", large, "0.5", data), (large, large, data)]
+    for blend in blends:
+        with pytest.raises(UserError, match=rf"^--split {split}: the {said}.* separate --train-data-path and"):
+            build(prepared, tmp_path / "cache", DataPaths(blend=blend, split=split))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_smallest_parts_that_megatron_takes_are_taken(prepared, tmp_path, at_most_a_minute):
+    data, large = dataset_of(tmp_path / "data", [200] * 11), dataset_of(tmp_path / "large", [200] * 200)
+    for blend in ((data,), ("0.5", large, "0.5", data)):
+        train, valid = build(prepared, tmp_path / "cache", DataPaths(blend=blend))
+        assert len(train) >= 40 and len(valid) >= 4
+    short = dataset_of(tmp_path / "short", [200] * 10 + [64])
+    assert len(build(prepared, tmp_path / "cache", DataPaths(blend=("1", short)))[1]) >= 4
+    with pytest.raises(UserError, match=r"valid part of .*/short has 1 of its 11 .* 64 tokens, and needs 65"):
+        build(prepared, tmp_path / "cache", DataPaths(blend=(large, large, short)))
+
+
+CUTS = {
+    ".bin": [0, 1, 100, -1],
+    ".idx": [0, 5, 20, 33, 34, 100, -1],
+}
+
+
+@pytest.mark.parametrize(("suffix", "size"), [(suffix, size) for suffix, sizes in CUTS.items() for size in sizes])
+def test_a_file_that_was_half_copied_is_named(prepared, tmp_path, suffix, size):
+    prefix, tokenizer = tmp_path / "data", SentencePieceTokenizer.load(prepared.tokenizer)
+    copy(prepared.train, prefix)
+    path = Path(f"{prefix}{suffix}")
+    path.write_bytes(path.read_bytes()[:size])
+    paths = DataPaths(train=(str(prefix),), valid=(prepared.valid,))
+    said = rf"^--train-data-path {path}: cut short.*; copy it again"
+    with pytest.raises(UserError, match=said):
+        check_data(paths, tokenizer, prepared.tokenizer)
+    with pytest.raises(UserError, match=said):
+        build(prepared, tmp_path / "cache", paths)
+    with pytest.raises(UserError, match=said.replace("--train-data", "--data")):
+        read_tokens(str(prefix), 100)
+
+
+def test_files_that_are_not_of_one_dataset_are_refused(prepared, tmp_path):
+    prefix = tmp_path / "data"
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            build(prepared, tmp_path / "cache", DataPaths(train=(str(prefix),), valid=(prepared.valid,)))
+
+    copy(prepared.valid, prefix)
+    Path(f"{prefix}.bin").write_bytes(Path(prepared.train + ".bin").read_bytes())
+    refused("data.bin: has .* bytes and its .idx tells of .*; copy both again")
+    index = Path(f"{prefix}.idx")
+    whole = index.read_bytes()
+    index.write_bytes(b"text" + whole)
+    refused("data.idx: not an index of Megatron's")
+    index.write_bytes(whole[:17] + b"\xff" + whole[18:])
+    refused("data.idx: damaged, or of another version")
+    index.write_bytes(whole[:-8] + bytes(8))
+    refused("data.idx: damaged, its documents end")
+
+
+def test_every_type_of_token_has_its_size():
+    assert {kind.value: DType.size(kind.value) for kind in DType} == whole._TOKEN_BYTES
 
 
 def sampled(first: int, last: int, *, micro: int, world: int, batch: int = 8) -> list[int]:

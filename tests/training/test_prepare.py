@@ -3,7 +3,11 @@
 
 import json
 import math
+import os
 import resource
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from programs import run
 
-from sparsek_megatron.data import corpus
+from sparsek_megatron.data import corpus, encode
 from sparsek_megatron.data.card import read_card, unigram_entropy
+from sparsek_megatron.data.ordered import WorkerKilled, ordered_map
 from sparsek_megatron.data.prepare import prepare
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 
@@ -87,6 +92,8 @@ BAD_INPUTS = {
     "list.jsonl": (b"[1]\n", "list.jsonl, line 1: no key 'text' (found: a list, not an object)"),
     "type.jsonl": (b'{"text": 3}\n', "type.jsonl, line 1: key 'text' holds int"),
     "bytes.jsonl": (b'{"text": "fine"}\n{"text": "\xff"}\n', "bytes.jsonl, line 2: not UTF-8"),
+    "digits.jsonl": (b'{"text": "a", "n": %s}\n' % (b"9" * 5000), "digits.jsonl, line 1: not valid JSON"),
+    "deep.jsonl": (b"[" * 200_000, "deep.jsonl, line 1: not valid JSON"),
     "half.jsonl": (
         rb'{"text": "\ud83d\ude42"}' + b"\n" + rb'{"text": "ab\ud83d"}',
         r"half.jsonl, line 2: key 'text' holds half of a surrogate pair ('\ud83d')",
@@ -156,3 +163,91 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(prepared, tmp_path):
     said = run("prepare_data.py", *flags(prepared, out, text), code=2, preexec_fn=small_disk)
     assert said.startswith("error: cannot write") and said.count("\n") == 1, said
     assert list(out.iterdir()) == []
+
+
+@pytest.fixture
+def at_most_a_minute():
+    """What waits for ever fails."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("a minute is over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_tokenizing_process_that_is_killed_is_one_line_and_nothing_is_written(
+    prepared, refused, tmp_path, monkeypatch, at_most_a_minute
+):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(100)))
+    tokenize = SentencePieceTokenizer.tokenize
+
+    def killed_at_50(self, text: str) -> list[int]:
+        if text == "text 50":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenize(self, text)
+
+    monkeypatch.setattr(SentencePieceTokenizer, "tokenize", killed_at_50)
+    said = refused(prepare, flags(prepared, tmp_path / "out", tmp_path / "in.jsonl"))
+    assert "--workers 2: a tokenizing process was killed (by signal 9)" in said and "fewer --workers" in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_results_of_several_processes_come_in_order_and_few_items_are_taken_ahead():
+    taken = []
+
+    def slow_at_the_start(item: int) -> int:
+        time.sleep(0.02 if item < 16 else 0)
+        return item * item
+
+    items = (taken.append(i) or i for i in range(1000))
+    results = ordered_map(lambda: slow_at_the_start, items, processes=3)
+    assert next(results) == 0 and len(taken) <= 16 * 4 * 3
+    assert [0, *results] == [i * i for i in range(1000)] and len(taken) == 1000
+    assert list(ordered_map(lambda: str, [], processes=2)) == []
+
+
+@pytest.mark.parametrize("within_a_result", [False, True])
+def test_a_killed_process_is_noticed_wherever_it_was(at_most_a_minute, within_a_result):
+    def killed(item: int) -> bytes:
+        if item == 16 and within_a_result:
+            time.sleep(0.2)  # until the other process's results are read, and so none of this one's for a while
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return bytes(10_000_000)
+        if item == 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return b""
+
+    results = ordered_map(lambda: killed, range(200), processes=2)
+    with pytest.raises(WorkerKilled, match="signal 9"):
+        for _ in results:
+            time.sleep(0.05)
+
+
+def test_a_defect_in_a_process_is_no_lack_of_memory(capfd):
+    with pytest.raises(RuntimeError, match="traceback is above"):
+        list(ordered_map(lambda: int, ["1", "x"], processes=1))
+    assert "invalid literal" in capfd.readouterr().err
+
+
+def test_overwriting_that_is_cut_short_leaves_no_index_of_other_data(prepared, tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("hello")
+    given = flags(prepared, tmp_path, text)
+    prepare(given)
+    text.write_text("another text")
+    publish, published = encode.publish, []
+
+    def cut_short(partial: Path, final: Path) -> None:
+        if published:
+            raise KeyboardInterrupt
+        publish(partial, final)
+        published.append(final.name)
+
+    monkeypatch.setattr(encode, "publish", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([*given, "--overwrite"])
+    assert published == ["d.bin"] and not (tmp_path / "d.idx").exists()

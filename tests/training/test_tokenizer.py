@@ -68,10 +68,15 @@ def test_impossible_vocabularies_are_refused(tmp_path, texts, size, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path):
+def test_a_file_that_is_no_model_is_refused(tmp_path, capfd):
     path = tmp_path / "t.model"
     path.write_text("not a model")
     with pytest.raises(UserError, match=r"t\.model: not a SentencePiece model"):
         SentencePieceTokenizer.load(path)
+    path.write_bytes(b"")
+    capfd.readouterr()
+    with pytest.raises(UserError, match=r"t\.model: not a SentencePiece model, or one cut short"):
+        SentencePieceTokenizer.load(path)
+    assert capfd.readouterr().err == ""
     with pytest.raises(UserError, match="No such file"):
         SentencePieceTokenizer.load(tmp_path / "absent.model")
