@@ -145,7 +145,7 @@ def _without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     begin at 1, and the weights would decay once.
     """
     step = optimizer.step
-    optimizer.step = lambda *_, **__: None
+    optimizer.step = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

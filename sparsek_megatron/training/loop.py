@@ -24,7 +24,7 @@ from sparsek_megatron.training.report import Report
 from sparsek_megatron.training.run_folder import latest_step
 from sparsek_megatron.training.schedule import learning_rate
 from sparsek_megatron.training.stopping import StopRequest, name_of
-from sparsek_megatron.training.watchdog import Watchdog
+from sparsek_megatron.training.watchdog import Watchdog, progress
 
 ADVICE = "lower --lr, lengthen --lr-warmup-iters, or look at the data of these steps"
 
@@ -97,18 +97,17 @@ class Trainer:
             UserError: too many steps in a row had a non-finite gradient, or a checkpoint cannot be written.
         """
         self.engine.train()
-        watchdog = Watchdog(self.config.hang_timeout_seconds, self.machine.rank)
+        self._watchdog = Watchdog(self.config.hang_timeout_seconds, self.machine.rank)
         self._stop = stop
         try:
-            steps = self._steps(start, watchdog)
-            watchdog.beat("writing the last checkpoint")
-            self.checkpoints.finish()
+            steps = self._steps(start)
+            self._finish_checkpoint()
             self._tell_news()
         finally:
-            watchdog.close()
+            self._watchdog.close()
         return steps
 
-    def _steps(self, start: int, watchdog: Watchdog) -> int:
+    def _steps(self, start: int) -> int:
         config = self.config
         if start < config.train_iters and (signal := name_of(self._stop.ask(self.machine.device))):
             if self.report:
@@ -119,7 +118,7 @@ class Trainer:
         if start == 0:
             self._validate(0)
         for step in range(start + 1, config.train_iters + 1):
-            watchdog.beat(f"step {step}")
+            self._watchdog.beat(f"step {step}")
             lr = learning_rate(config, step - 1)
             set_learning_rate(self.engine, lr)
             last = step == config.train_iters
@@ -133,13 +132,11 @@ class Trainer:
             self._count_skipped(step, loss, local_loss, skipped=skipped)
             leaving = signal is not None or (config.exit_interval is not None and step % config.exit_interval == 0)
             if (step % config.eval_interval == 0 or last) and not signal:
-                watchdog.beat(f"the validation at step {step}")
                 self._validate(step)
             if self._is_due or step % config.save_interval == 0 or last or leaving:
-                watchdog.beat(f"the checkpoint of step {step}")
                 self._save(step, skipped=skipped, ends=last or leaving)
             elif step == start + 1:
-                watchdog.beat("the memory for checkpoints")
+                self._watchdog.beat("the memory for checkpoints")
                 self.checkpoints.reserve()
                 if self.report:
                     self.report.restart_clock()
@@ -151,7 +148,7 @@ class Trainer:
                     )
                 return step
         if start < config.train_iters != self._saved:
-            self.checkpoints.finish()
+            self._finish_checkpoint()
             folder = config.load if self._saved == start else config.save
             resume = f"Resume from {folder} (step {self._saved})" if self._saved else "Start again"
             raise UserError(
@@ -171,6 +168,7 @@ class Trainer:
         grad_norm: float | None = None
         answers: tuple[Reading, Reading, Reading] | None = None
         for micro_batch in range(1, self._micro_batches + 1):
+            progress()
             if look and micro_batch == 1:
                 self._selection.arm()
             loss = self._loss(next(data))
@@ -203,7 +201,7 @@ class Trainer:
             )
         if self._skipped <= limit:
             return
-        self.checkpoints.finish()
+        self._finish_checkpoint()
         good = latest_step(self.config.save)
         resume = f"resume from {self.config.save} (step {good}) after you" if good is not None else "no checkpoint yet;"
         raise UserError(
@@ -212,6 +210,7 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> None:
+        self._watchdog.beat(f"the validation at step {step}")
         loss = self._validation_loss(self.config.eval_iters)
         if self.report and loss is not None:
             self.report.validation(step=step, loss=loss)
@@ -225,8 +224,10 @@ class Trainer:
         total = torch.zeros((), device=self.machine.device)
         count = 0
         for batch in self._batches(self._valid_set, 0, steps):
+            progress()
             total += self._loss(batch)
             count += 1
+        progress()
         self.engine.train()
         return self._mean_over_ranks(total / count).item()
 
@@ -237,18 +238,23 @@ class Trainer:
         are not the cause.
         """
         is_told, self._is_due = self._is_due, skipped and not ends
-        suspicion = self._suspicion() if skipped and ends else "the next good step takes it"
+        suspicion = self._suspicion(step) if skipped and ends else "the next good step takes it"
         if skipped and suspicion:
             newest = f"; the newest is of step {self._saved}" if ends and self._saved else ""
             if self.report and (ends or not is_told):
                 self.report.line(f"step {step}: no checkpoint after a skipped step: {suspicion}{newest}")
             return
+        self._watchdog.beat(f"the checkpoint of step {step}")
         waited = self.checkpoints.save(step)
         self._saved = step
         if self.report:
             self.report.checkpoint(step=step, waited=waited)
 
-    def _suspicion(self) -> str | None:
+    def _finish_checkpoint(self) -> None:
+        self._watchdog.beat("writing the last checkpoint")
+        self.checkpoints.finish()
+
+    def _suspicion(self, step: int) -> str | None:
         """Why the weights may be the cause of a skipped step, None where its own data were.
 
         Those give a loss that is not finite, and the same weights a finite one on other data. Weights that have become
@@ -256,6 +262,7 @@ class Trainer:
         """
         if not self._bad_ranks:
             return "every loss was finite, the weights may be the cause"
+        self._watchdog.beat(f"the validation after step {step} was skipped")
         loss = self._validation_loss(1)
         if loss is None:
             return "there is no validation data to tell whether the weights are the cause"

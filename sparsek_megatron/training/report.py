@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sparsek_megatron.files import temporary_sibling
+from sparsek_megatron.files import atomic_write
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.health import SelectionHealth
 
@@ -44,7 +43,7 @@ class Report:
     """The reporting of one run; made on the first rank only.
 
     A record of `metrics.jsonl` is `{"step", "loss", "lr", "grad_norm", "health"}`, or `{"step", "valid_loss"}`; `step`
-    counts optimizer steps taken, skipped ones too, whose numbers that are not finite are null. Losses are in nats per
+    counts optimizer steps taken, skipped ones too. Numbers that are not finite are null. Losses are in nats per
     token. "health" is `{"tokens_per_second", "seconds", "mfu", "memory_gib"}` and, where the selection was looked at,
     what `SelectionHealth` says of it. TensorBoard has the same numbers of every step. In the record alone, "health" of
     the first step after a checkpoint was begun has "checkpoint_waited", the seconds of `save()`, which the step's own
@@ -72,13 +71,12 @@ class Report:
         self._peak_tokens = peak_flops / flops_per_token if peak_flops else None  # per second, at MFU 1
         folder = Path(config.save)
         # A killed run may have logged steps past its last checkpoint: they will be taken again.
-        kept = [record for record in read_metrics(folder, health=True) if record["step"] <= start]
-        self._path = folder / METRICS
-        partial = temporary_sibling(self._path)
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(partial, self._path)
-        self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        # From the start that is all, its validation too.
+        kept = [each for each in read_metrics(folder, health=True) if start and each["step"] <= start]
+        with atomic_write(folder / METRICS) as stream:
+            stream.writelines(json.dumps(each) + "\n" for each in kept)
+        self._stream = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.train_iters, initial=start, unit="step", desc="training", dynamic_ncols=True,
@@ -106,7 +104,8 @@ class Report:
         events = {} if self._waited is None else {"checkpoint_waited": self._waited}
         started = {"started": True} if step == self._start + 1 else {}
         self._waited = None
-        self._write({"step": step, **finite, HEALTH: health | looked | events | started})
+        seen = {name: _finite(value) for name, value in looked.items()}
+        self._write({"step": step, **finite, HEALTH: health | seen | events | started})
         for name, value in (trained | health).items():
             self._board.add_scalar(f"train/{name}", value, step)
         for name, value in looked.items():
@@ -131,7 +130,7 @@ class Report:
 
     def validation(self, *, step: int, loss: float) -> None:
         """After a validation at `step`."""
-        self._write({"step": step, "valid_loss": loss})
+        self._write({"step": step, "valid_loss": _finite(loss)})
         self._board.add_scalar("valid/loss", loss, step)
         self._board.add_scalar("valid/unigram_entropy", self._entropy, step)
         self._valid = f", valid {loss:.3f}"
@@ -185,7 +184,7 @@ def draw_curve(folder: Path, entropy: float) -> None:
 
     records = read_metrics(folder)
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    valid = [(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r]
+    valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -195,7 +194,5 @@ def draw_curve(folder: Path, entropy: float) -> None:
     axes.set(xlabel="step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder / CURVE
-    partial = temporary_sibling(path)
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    with atomic_write(folder / CURVE, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=120)

@@ -8,6 +8,17 @@ import threading
 import time
 
 EXIT_HANG = 75  # EX_TEMPFAIL: trying again may help
+_watching: "Watchdog | None" = None  # the one of this process
+
+
+def progress() -> None:
+    """What this process's watchdog was last told of goes on; nothing where none watches.
+
+    For loops that end: micro-batches, batches of a validation, a wait for files that grow. From the thread that trains
+    alone: another one's progress would hide that training hangs.
+    """
+    if _watching:
+        _watching.goes_on()
 
 
 class Watchdog:
@@ -23,16 +34,24 @@ class Watchdog:
         self._what = "start"
         self._last = time.monotonic()
         self._ended = threading.Event()
+        global _watching
+        _watching = self
         if timeout_seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, what: str) -> None:
         """There was progress; `what` comes next."""
         self._what = what
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        """There was progress, and there is more to do of the same."""
         self._last = time.monotonic()
 
     def close(self) -> None:
         """Stop watching."""
+        global _watching
+        _watching = None
         self._ended.set()
 
     def _watch(self) -> None:

@@ -35,12 +35,16 @@ def run(config: TrainingConfig) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with StopRequest() as stop:
         machine = parallel.initialize(config)
-        with parallel.end_together(machine), Liveness(machine.store, machine.rank, machine.world_size):
-            _train(config, machine, stop)
+        # Until the data is there, a rank may be silent for as long as collectives wait: numpy shuffles the index of a
+        # huge corpus with the interpreter lock held (68 s for 4e8 entries). One that dies then is still named.
+        patience = 60 * config.distributed_timeout_minutes
+        liveness = Liveness(machine.store, machine.rank, machine.world_size, start_timeout_seconds=patience)
+        with parallel.end_together(machine), liveness:
+            _train(config, machine, stop, liveness)
         parallel.shutdown()
 
 
-def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest) -> None:
+def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest, liveness: Liveness) -> None:
     lock = lock_folder(Path(config.save), "--save") if machine.is_first else None
     tokenizer = SentencePieceTokenizer.load(config.tokenizer_model)
     model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
@@ -66,6 +70,7 @@ def _train(config: TrainingConfig, machine: parallel.Machine, stop: StopRequest)
         seed=config.seed,
         cache=Path(config.data_cache_path or Path(config.save) / "data_cache"),
     )
+    liveness.started()
     report = None
     if machine.is_first:
         _introduce(config, machine, own_parameters, optimizer, start, data)

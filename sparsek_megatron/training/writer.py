@@ -7,6 +7,7 @@ the folder and moves `latest`: in that order, each flushed before the next. A ki
 checkpoint in force. Nothing here runs a collective, so training goes on meanwhile.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -31,11 +32,13 @@ from sparsek_megatron.training import write_file
 from sparsek_megatron.training.manifest import FileRecord, record_of, write_manifest
 from sparsek_megatron.training.parallel import Machine
 from sparsek_megatron.training.run_folder import ASIDE, LATEST, checkpoint_name, newest_complete, saved_steps
+from sparsek_megatron.training.watchdog import progress
 
 PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _DONE = "done"
 _PIPE = 1 << 20  # bytes; what a pipe holds at most
+_LOOK = 0.25  # seconds between two looks at how far the files are
 _numbers = itertools.count()
 
 
@@ -52,6 +55,8 @@ class CheckpointWriter:
         self._timeout = timeout_seconds
         self._thread: threading.Thread | None = None
         self._step = 0
+        self._prefix = ""  # of its keys in the store
+        self._paths: list[Path] = []  # of this rank's files
         self._outcome = _DONE
         self._news: list[str] = []
 
@@ -72,21 +77,31 @@ class CheckpointWriter:
         """
         assert self._thread is None, "the previous checkpoint has not been waited for"
         self._step = step
-        prefix = f"checkpoint_{next(_numbers)}"
+        self._prefix = f"checkpoint_{next(_numbers)}"
+        self._paths = [self.folder(step) / name for name in files]
         self._thread = threading.Thread(
-            target=self._run, args=(prefix, step, files, ready), name="checkpoint-writer", daemon=True
+            target=self._run, args=(self._prefix, step, files, ready), name="checkpoint-writer", daemon=True
         )
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way, if any, is in force on disk.
+        """Wait until the checkpoint under way, if any, is in force on disk. While any rank's files get on, all ranks'
+        watchdogs hear of it: a rank that has written its own waits for the others'.
 
         Raises:
             UserError: it could not be written (a full disk, say); the same on every rank.
         """
         if self._thread is None:
             return
-        self._thread.join()
+        far, heard = None, None
+        while self._thread.is_alive():
+            before, far = far, self._how_far(self._thread)
+            with contextlib.suppress(RuntimeError):  # a store that is gone: the writing thread says so
+                count = self._machine.store.add(f"{self._prefix}/progress", int(far != before))
+                if count != heard:
+                    progress()
+                heard = count
+            self._thread.join(_LOOK)
         self._thread = None
         if self._outcome != _DONE:
             good, _ = newest_complete(self._root)
@@ -94,6 +109,20 @@ class CheckpointWriter:
             raise UserError(
                 f"--save {self._root}: checkpoint of step {self._step} not written: {self._outcome} ({kept})"
             )
+
+    def _how_far(self, thread: threading.Thread) -> tuple[list[int], list[str]]:
+        """What changes while this rank's files get on: their sizes, and what the kernel counts of the bytes that the
+        writing thread's process has read and written, which grows as it reads back.
+        """
+        sizes: list[int] = []
+        counts: list[str] = []
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                sizes.append(path.stat().st_size)
+        with contextlib.suppress(OSError):  # a process that has just ended, or a kernel that does not count
+            children = Path(f"/proc/self/task/{thread.native_id}/children").read_text().split()
+            counts = [Path(f"/proc/{child}/io").read_text() for child in children]
+        return sizes, counts
 
     def news(self) -> list[str]:
         """Lines about what has been written since the last call."""
@@ -205,7 +234,8 @@ def _write(path: Path, state: Any, *, read_back: bool) -> FileRecord:
         failure = None
         try:
             with process.stdin as pipe:
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+                with contextlib.suppress(OSError):  # past the user's share of pages: a small pipe is slower
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
                 torch.save(state, pipe)
         except Exception as err:  # a pipe that broke, mostly: the process says why
             failure = err

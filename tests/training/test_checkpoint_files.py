@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is on the disk: which checkpoint is used, which are removed, and that no pickled code is run."""
 
+import errno
 import json
 import os
 import pickle
@@ -127,6 +128,17 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
         broken.finish()
     assert steps(tmp_path) == [3] and (tmp_path / "latest").read_text() == "step_00000003"
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_pipe_that_may_not_grow_is_used_as_it_is(tmp_path, monkeypatch):
+    """Past /proc/sys/fs/pipe-user-pages-soft a process without CAP_SYS_RESOURCE is refused."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(writer_module.fcntl, "fcntl", refuse)
+    write(tmp_path, 3)
+    assert steps(tmp_path) == [3] and check_contents(tmp_path / "step_00000003") is None
 
 
 class Malicious:

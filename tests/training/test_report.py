@@ -2,7 +2,9 @@
 """What a run tells of each step: TensorBoard's scalars, the records, and lines, on a terminal too."""
 
 import dataclasses
+import json
 import math
+import os
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.health import SelectionHealth
-from sparsek_megatron.training.report import Report, read_metrics
+from sparsek_megatron.training.report import CURVE, METRICS, Report, read_metrics
 
 SELECTION = SelectionHealth(saturated=0.25, mean_age=31.0, overflow=0.125)
 STEP = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.75}
@@ -98,3 +100,55 @@ def test_lines_come_beside_a_progress_bar_too(tmp_path, clock, monkeypatch, caps
     assert "step 2/10  loss 2.5000  lr 1.00e-03  grad norm 0.750  95 tokens/s  MFU 47.5%" in lines[0]
     assert "gates 25% saturated, age 31, 12.5% pool overflow  ETA " in lines[0]
     assert ("training:" in said.err) == is_terminal
+
+
+def test_the_validation_before_the_first_step_is_recorded_once_however_often_the_run_starts(tmp_path, clock):
+    for start in (0, 0, 1):
+        each = report(tmp_path, start=start)
+        if start == 0:
+            each.validation(step=0, loss=3.0)
+        clock[0] += 1.0
+        each.step(step=start + 1, **STEP, selection=None)
+        each.close()
+    wanted = [{"step": 0, "valid_loss": 3.0}, {"step": 1, **STEP}, {"step": 2, **STEP}]
+    assert read_metrics(tmp_path) == wanted
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("valid/loss")] == [0]
+
+
+def test_every_line_is_json_and_the_curve_is_drawn_where_numbers_are_not_finite(tmp_path, clock):
+    each = report(tmp_path)
+    each.validation(step=0, loss=math.nan)
+    clock[0] += 1.0
+    each.step(step=1, loss=math.inf, lr=1e-3, grad_norm=1.0, selection=SelectionHealth(math.nan, 1.0, 0.0))
+    each.validation(step=1, loss=3.0)
+    each.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [r["valid_loss"] for r in records if "valid_loss" in r] == [None, 3.0]
+    assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_of_earlier_lives_are_on_the_disk_before_their_file_is_replaced(tmp_path, clock, monkeypatch):
+    two_steps(tmp_path, clock)
+    flushed = []
+    replace, fsync = os.replace, os.fsync
+
+    def see_replace(source, target):
+        if str(target).endswith(METRICS):
+            assert os.stat(source).st_ino in flushed
+        replace(source, target)
+
+    def see_fsync(descriptor):
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", see_replace)
+    monkeypatch.setattr(os, "fsync", see_fsync)
+    report(tmp_path, start=2).close()
+    assert len(read_metrics(tmp_path)) == 3
