@@ -13,7 +13,8 @@ from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import atomic_write
 from sparsek_megatron.flags import FlagParser
-from sparsek_megatron.training.arguments import FIELDS, TrainingConfig
+from sparsek_megatron.training.arguments import TrainingConfig
+from sparsek_megatron.training.generate import generation_config
 from sparsek_megatron.training.launcher import is_launched, launch
 from sparsek_megatron.training.run_folder import latest_step, read_run
 
@@ -38,10 +39,7 @@ def _run_config(folder: str, settings: dict[str, Any]) -> TrainingConfig:
         raise UserError(
             f"{folder}: a ZeRO-3 checkpoint holds no whole weights; inspect one of ZeRO 0, 1 or 2"
         )
-    known: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in FIELDS
-    }
-    return TrainingConfig(**known)
+    return generation_config(settings, settings["tensor_model_parallel_size"])
 
 
 def _tokens(path: str, tokenizer: SentencePieceTokenizer, longest: int, limit: int | None) -> list[int]:
@@ -123,28 +121,24 @@ def _inspect(
     from sparsek_megatron.training.model import build_model, token_losses
 
     machine = parallel.initialize(config)
-    model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
-    checkpoint.load_model(model, folder, step=step)
-    multiple = (
-        config.tensor_model_parallel_size
-    )  # sequence parallelism splits the tokens; causal attention sees no padding
-    padded = torch.zeros(1, -(-len(ids) // multiple) * multiple, dtype=torch.int64)
-    padded[0, : len(ids)] = torch.tensor(ids)
-    with torch.no_grad(), recorded_scores(model.eval()) as found:
-        token_losses(model, padded.to(machine.device), None)
-    group = parallel_state.get_tensor_model_parallel_group()
-    groups = config.query_groups
-    layers = {
-        layer: (settings, scores_of_all_heads(scores, num_query_groups=groups, group=group))
-        for layer, (settings, scores) in sorted(found.items())
-    }
+    with parallel.end_together(machine):
+        model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
+        checkpoint.load_model(model, folder, step=step)
+        with torch.no_grad(), recorded_scores(model.eval()) as found:
+            token_losses(model, torch.tensor([ids], device=machine.device), None)
+        group = parallel_state.get_tensor_model_parallel_group()
+        groups = config.query_groups
+        layers = {
+            layer: (settings, scores_of_all_heads(scores, num_query_groups=groups, group=group))
+            for layer, (settings, scores) in sorted(found.items())
+        }
     parallel.shutdown()
     if not machine.is_first:
         return
     heads = [
         head
         for layer, (settings, scores) in layers.items()
-        for head in head_statistics(scores[0, : len(ids)], settings, layer=layer)
+        for head in head_statistics(scores[0], settings, layer=layer)
     ]
     settings = next(iter(layers.values()))[0]
     title = f"What {folder.name} keeps of {name} at step {step}"

@@ -32,6 +32,7 @@ from sparsek_megatron.training.run_folder import (
     RUN,
     candidates,
     checkpoint_name,
+    number_type,
     read_run,
     same_layout,
 )
@@ -101,7 +102,8 @@ class Checkpoints:
     def _write_settings(self, path: Path, step: int) -> None:
         settings = dataclasses.asdict(self._config) | {name: getattr(self._config, name) for name in DERIVED}
         run = {
-            "step": step, "world_size": self._machine.world_size, "tokenizer_sha256": self._tokenizer_sha256,
+            "step": step, "world_size": self._machine.world_size, "number_type": number_type(self._config),
+            "tokenizer_sha256": self._tokenizer_sha256,
             "data": {prefix: dataclasses.asdict(each) for prefix, each in self._data.items()}, "settings": settings,
         }  # fmt: skip
         path.write_text(json.dumps(run, indent=1), encoding="utf-8")
@@ -152,9 +154,9 @@ def choose(folder: Path, machine: Machine) -> int | None:
 
 
 def load(engine: Any, config: TrainingConfig, machine: Machine, *, step: int) -> None:
-    """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout that
-    it was saved in, RNG states too. Weight decay and what else this run's settings say about the optimizer stay, the
-    norm that gradients are clipped to among them.
+    """Restore model and optimizer of the checkpoint of `step` in the --load folder, on every rank; in the layout and
+    number type that it was saved in, RNG states too. Weight decay and what else this run's settings say about the
+    optimizer stay, the norm that gradients are clipped to among them.
 
     Raises:
         UserError: a file of the checkpoint is missing or damaged.

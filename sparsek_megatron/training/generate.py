@@ -209,7 +209,9 @@ def _tensor_parallel_size(asked: int | None, settings: dict) -> int:
 
 
 def generation_config(settings: dict, size: int) -> TrainingConfig:
-    """The run's settings for a model of `size` tensor-parallel ranks, its vocabulary padded as the run padded it."""
+    """The run's settings for a model of `size` tensor-parallel ranks that is not trained, its vocabulary padded as the
+    run padded it. Without fused RoPE, which takes no positions of each row's own.
+    """
     known = {name: value for name, value in settings.items() if name in FIELDS}
     known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     config = dataclasses.replace(TrainingConfig(), **known)
@@ -217,5 +219,5 @@ def generation_config(settings: dict, size: int) -> TrainingConfig:
     return dataclasses.replace(
         config, tensor_model_parallel_size=size, make_vocab_size_divisible_by=multiple // size,
         sequence_parallel=False, async_tensor_parallel=False, context_parallel_size=1,
-        recompute_granularity=None, loss_chunk_tokens=0,
+        recompute_granularity=None, loss_chunk_tokens=0, apply_rope_fusion=False,
     )  # fmt: skip

@@ -22,7 +22,8 @@ SAMPLES = 8  # refresh points looked at in each row
 class SelectionHealth:
     """saturated: share of selected keys whose gate is 1 (they give the scorer no gradient); mean_age: tokens between a
     query's refresh point and its selected keys; overflow: share of refresh points where the pool cuts off a positive
-    gate. Over all layers, KV heads and ranks. None where no query has that many keys behind it yet.
+    gate. Over all layers, KV heads and ranks. None where no query has that many keys behind it yet; overflow also under
+    hard selection, which has no positive gates to cut off.
     """
 
     saturated: float | None
@@ -67,6 +68,7 @@ class SelectionWatch:
         self._settings = {
             "topk": topk, "window": config.sparsek_window, "stride": config.sparsek_stride, "pool": pool
         }  # fmt: skip
+        self._hard = config.sparsek_hard_selection
         self._armed = False
         self._scores: list[Tensor] = []
         for module in model.modules():
@@ -98,5 +100,5 @@ class SelectionWatch:
         return SelectionHealth(
             saturated=saturated / selected if selected else None,
             mean_age=ages / selected if selected else None,
-            overflow=overflows / looked_at if looked_at else None,
+            overflow=overflows / looked_at if looked_at and not self._hard else None,
         )

@@ -29,12 +29,18 @@ def rng_states(*, on_gpu: bool) -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any], *, on_gpu: bool) -> None:
-    """Set what `rng_states` returned."""
+    """Set what `rng_states` returned.
+
+    Where only one of the two runs is on a GPU, mcore's generators and the GPU's are left as they were seeded: their
+    states are those of another device.
+    """
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     name, numbers, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, numbers.numpy(), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
+    if ("cuda" in states) != on_gpu:
+        return
     _tracker().set_states(states["tracker"])
     if on_gpu:
         torch.cuda.set_rng_state(states["cuda"])

@@ -113,6 +113,16 @@ def latest_step(folder: str | Path) -> int | None:
     return step
 
 
+def number_type(config: TrainingConfig) -> str:
+    """Of the weights in this run: "bf16" or "fp32", by --bf16 or else by whether this machine has a GPU."""
+    bf16 = config.bf16
+    if bf16 is None:
+        import torch  # seconds, for programs that only look at a folder
+
+        bf16 = torch.cuda.is_available()
+    return "bf16" if bf16 else "fp32"
+
+
 def check_resume(
     config: TrainingConfig, world_size: int, tokenizer: SentencePieceTokenizer, *, step: int | None = None
 ) -> int | None:
@@ -153,26 +163,37 @@ def check_resume(
 
 
 def same_layout(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> bool:
-    """Whether this run has the processes, tensor-parallel size and ZeRO stage of a checkpoint's `run.json`."""
-    return saved["world_size"] == world_size and all(saved["settings"][n] == getattr(config, n) for n in LAYOUT)
+    """Whether this run has the processes, tensor-parallel size, ZeRO stage and number type of a `run.json`.
+
+    DeepSpeed names its files, and what they hold, by all of these. A run.json without a number type, of an older
+    version, is taken to have this run's.
+    """
+    own = number_type(config)
+    return (
+        saved["world_size"] == world_size
+        and saved.get("number_type", own) == own
+        and all(saved["settings"][name] == getattr(config, name) for name in LAYOUT)
+    )
 
 
 def _require_changeable(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> None:
-    """ZeRO 1 and 2 checkpoints can be read in any layout of ZeRO 1 and 2."""
+    """ZeRO 1 and 2 checkpoints can be read in any layout, and in either number type, of ZeRO 1 and 2."""
     there, here = saved["settings"]["zero_stage"], config.zero_stage
     if there in RESHARDABLE and here in RESHARDABLE:
         return
-    settings = saved["settings"]
+    settings, own = saved["settings"], number_type(config)
     differs = {
         "--zero-stage": (there, here),
         "--tensor-model-parallel-size": (settings["tensor_model_parallel_size"], config.tensor_model_parallel_size),
         "--nproc-per-node (processes in all)": (saved["world_size"], world_size),
+        "number type (--[no-]bf16)": (saved.get("number_type", own), own),
     }
     flag, (before, now) = next((name, pair) for name, pair in differs.items() if pair[0] != pair[1])
+    fix = {"bf16": "--bf16 on a GPU", "fp32": "--no-bf16"}.get(before, before)
     raise UserError(
         f"--load {config.load}: in another layout: its {flag} is {before}, this run's is {now}. DeepSpeed's files of "
         f"ZeRO-{there if there not in RESHARDABLE else here} hold no layout-independent state; only ZeRO 1 and 2 "
-        f"change layout: use {before}"
+        f"change layout: use {fix}"
     )
 
 

@@ -20,6 +20,7 @@ from sparsek_megatron import SparseKConfig
 from sparsek_megatron.inspect.heads import HeadStatistics, head_statistics
 from sparsek_megatron.inspect.page import render
 from sparsek_megatron.inspect.plot import draw
+from sparsek_megatron.training.manifest import record_of, write_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = SparseKConfig(topk=6, window=7, stride=4, pool=15)
@@ -203,3 +204,23 @@ def test_a_trained_checkpoint_gives_a_page_a_picture_and_numbers(run: Path, tmp_
     short = inspect(str(run), "--text", str(text), "--max-tokens", "12")
     assert short.returncode == 2 and "12 tokens, and 16 (topk + window)" in short.stderr
     assert len(short.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_with_context_parallelism_is_read_and_its_damaged_weights_named(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (step,) = folder.glob("step_*")
+    saved = json.loads((step / "run.json").read_text())
+    settings = saved["settings"] | {"context_parallel_size": 2, "apply_rope_fusion": True}
+    (step / "run.json").write_text(json.dumps(saved | {"settings": settings}))
+    write_manifest(step, {path.name: record_of(path) for path in step.iterdir() if path.name != "manifest.json"})
+    text = REPOSITORY / "sparsek_megatron" / "files.py"
+    done = inspect(str(folder), "--text", str(text), "--max-tokens", "101")
+    assert done.returncode == 0 and "4 heads of 2 layers, 101 tokens" in done.stdout, done.stderr[-3000:]
+    file = step / "mp_rank_01_model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = inspect(str(folder), "--text", str(text))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ") and f"{file.name} is damaged" in done.stderr

@@ -69,6 +69,14 @@ def test_weights_of_two_ranks_load_into_one(checkpoint, model):
         assert torch.equal(dict(other.named_parameters())[name], parameter), name
 
 
+def test_a_run_with_fused_rope_is_decoded_without_it(checkpoint, machine):
+    settings = json.loads((checkpoint / "step_00000003" / "run.json").read_text())["settings"]
+    config = generation_config(settings | {"apply_rope_fusion": True}, 1)
+    decoder = ModelDecoder(build_model(config, 512, on_gpu=False).eval(), batch_size=2, max_sequence_length=8)
+    made = generate(decoder, [[5, 6, 7], [8]], max_new_tokens=3, vocab_size=512, end=None)
+    assert [len(tokens) for tokens in made.tokens] == [3, 3]
+
+
 def test_a_checkpoint_without_scorers_or_with_a_damaged_file_is_named(checkpoint, model, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)

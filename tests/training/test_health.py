@@ -8,7 +8,8 @@ import torch
 
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.flops import flops_per_token, mean_attended_keys, peak_tflops
-from sparsek_megatron.training.health import SAMPLES, selection_counts
+from sparsek_megatron.training.health import SAMPLES, SelectionWatch, selection_counts
+from sparsek_megatron.training.model import token_losses
 
 
 @pytest.mark.parametrize(("length", "topk", "window", "stride"), [(63, 5, 7, 4), (64, 8, 8, 1), (20, 16, 16, 8)])
@@ -62,3 +63,17 @@ def test_selection_is_described_as_it_is(spread):
     counts = selection_counts(scores, topk=topk, window=window, stride=stride, pool=pool).tolist()
     assert counts[:3] == [saturated, selected, ages]
     assert 0 <= counts[3] <= counts[4] and (spread > 0.1 or counts[3] > 0)
+
+
+def test_hard_selection_has_no_pool_to_overflow(config, model):
+    overflows = {}
+    for hard in (False, True):
+        watch = SelectionWatch(dataclasses.replace(config, sparsek_hard_selection=hard), model)
+        watch.arm()
+        with torch.no_grad():
+            token_losses(model, torch.arange(64)[None], None)
+        watch.disarm()
+        seen = watch.collect(torch.device("cpu"))
+        assert seen.mean_age is not None
+        overflows[hard] = seen.overflow
+    assert overflows[False] is not None and overflows[True] is None

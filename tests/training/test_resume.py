@@ -18,7 +18,7 @@ from programs import Prepared, finish, run, start, start_code, start_script
 
 from sparsek_megatron.data.fingerprint import fingerprint
 from sparsek_megatron.training.arguments import parse
-from sparsek_megatron.training.manifest import check_contents, check_sizes
+from sparsek_megatron.training.manifest import check_contents, check_sizes, record_of, write_manifest
 from sparsek_megatron.training.report import read_metrics
 from sparsek_megatron.training.run_folder import changed_settings
 
@@ -240,6 +240,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(prepared, u
     assert check_sizes(save / "step_00000006") is None and check_contents(save / "step_00000006") is None
 
 
+def test_a_zero_1_checkpoint_of_another_number_type_is_resumed(prepared, uninterrupted, tmp_path):
+    save = copy_at(uninterrupted, tmp_path / "other", 3)
+    step = save / "step_00000003"
+    for file in step.glob("zero_pp_rank_*"):  # as a run in bfloat16 names them
+        file.rename(step / f"bf16_{file.name}")
+    settings = json.loads((step / "run.json").read_text())
+    (step / "run.json").write_text(json.dumps(settings | {"number_type": "bf16"}))
+    write_manifest(step, {path.name: record_of(path) for path in step.iterdir() if path.name != "manifest.json"})
+    assert f"resuming {save} from step 3" in train(prepared, save, "--exit-interval", "5")
+    losses = [r["loss"] for r in trajectory(save) if "loss" in r]
+    assert losses == pytest.approx([r["loss"] for r in trajectory(uninterrupted) if "loss" in r][:5], rel=1e-6)
+    assert json.loads((save / "step_00000005" / "run.json").read_text())["number_type"] == "fp32"
+
+
 def test_a_loss_that_is_no_number_stops_the_run(prepared, tmp_path):
     save = tmp_path / "nan"
     flags = [*prepared.flags(save), "--lr", "1e30", "--save-interval", "1", "--max-skipped-steps", "2"]
@@ -292,4 +306,5 @@ def test_data_that_changed_is_named_on_resuming_until_the_next_checkpoint(prepar
 def test_settings_are_stored_with_the_checkpoint(prepared, uninterrupted):
     saved = json.loads((uninterrupted / "step_00000008" / "run.json").read_text())
     assert saved["step"] == 8 and saved["world_size"] == 2 and saved["settings"]["sparsek_topk"] == 8
+    assert saved["number_type"] == "fp32"
     assert saved["data"] == {prefix: asdict(fingerprint(prefix)) for prefix in (prepared.train, prepared.valid)}
