@@ -120,7 +120,7 @@ class Benchmark:
             print(self.title, flush=True)
 
     def run_model(self, own: list[Case]) -> None:
-        """One model through its contexts, shortest first, until one does not fit."""
+        """One model through its contexts, shortest first, until one does not fit or has no loss."""
         trainer = model = None
         config = cases.configuration(self.args, own[-1], self.sparsek)
         for case in own:

@@ -91,7 +91,9 @@ class TrainingConfig:
         None, "tokens whose logits exist at a time; default 2^28 logits; 0 keeps whole logits", kind=int
     )
     distributed_timeout_minutes: int = _setting(10, "minutes until a stuck collective ends the run")
-    hang_timeout_seconds: float = _setting(900.0, "seconds without progress until a process ends itself; 0 never")
+    hang_timeout_seconds: float = _setting(
+        900.0, "seconds without a micro-batch, validation batch or growing checkpoint until a process ends; 0 never"
+    )
 
     # Optimisation
     micro_batch_size: int = _setting(1, "sequences of one forward pass on one data-parallel rank")

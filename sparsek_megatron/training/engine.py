@@ -144,12 +144,11 @@ def _without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """DeepSpeed's optimizer for bf16 without ZeRO takes a step on zero gradients as it is made: Adam's count would
     begin at 1, and the weights would decay once.
     """
-    step = optimizer.step
     optimizer.step = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        optimizer.step = step
+        del optimizer.step  # the class's own again
 
 
 def require_readable(path: str, settings: dict[str, Any]) -> None:

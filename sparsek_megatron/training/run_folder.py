@@ -165,15 +165,20 @@ def check_resume(
 def same_layout(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> bool:
     """Whether this run has the processes, tensor-parallel size, ZeRO stage and number type of a `run.json`.
 
-    DeepSpeed names its files, and what they hold, by all of these. A run.json without a number type, of an older
-    version, is taken to have this run's.
+    DeepSpeed names its files, and what they hold, by all of these.
     """
     own = number_type(config)
     return (
         saved["world_size"] == world_size
-        and saved.get("number_type", own) == own
+        and _saved_number_type(saved, own) == own
         and all(saved["settings"][name] == getattr(config, name) for name in LAYOUT)
     )
+
+
+def _saved_number_type(saved: dict[str, Any], own: str) -> str:
+    """Of a `run.json`; an older version's names none, and is taken to have `own` where --[no-]bf16 was not given."""
+    given = {True: "bf16", False: "fp32", None: own}[saved["settings"].get("bf16")]
+    return saved.get("number_type", given)
 
 
 def _require_changeable(config: TrainingConfig, world_size: int, saved: dict[str, Any]) -> None:
@@ -186,7 +191,7 @@ def _require_changeable(config: TrainingConfig, world_size: int, saved: dict[str
         "--zero-stage": (there, here),
         "--tensor-model-parallel-size": (settings["tensor_model_parallel_size"], config.tensor_model_parallel_size),
         "--nproc-per-node (processes in all)": (saved["world_size"], world_size),
-        "number type (--[no-]bf16)": (saved.get("number_type", own), own),
+        "number type (--[no-]bf16)": (_saved_number_type(saved, own), own),
     }
     flag, (before, now) = next((name, pair) for name, pair in differs.items() if pair[0] != pair[1])
     fix = {"bf16": "--bf16 on a GPU", "fp32": "--no-bf16"}.get(before, before)

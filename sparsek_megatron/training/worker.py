@@ -35,9 +35,9 @@ def run(config: TrainingConfig) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with StopRequest() as stop:
         machine = parallel.initialize(config)
-        # Until the data is there, a rank may be silent for as long as collectives wait: numpy shuffles the index of a
-        # huge corpus with the interpreter lock held (68 s for 4e8 entries). One that dies then is still named.
-        patience = 60 * config.distributed_timeout_minutes
+        # Until the data is there, a rank may be silent for half as long as collectives wait: numpy shuffles a huge
+        # corpus's index with the interpreter lock held (68 s for 4e8 entries). One that dies is named before they end.
+        patience = max(60.0, 30.0 * config.distributed_timeout_minutes)
         liveness = Liveness(machine.store, machine.rank, machine.world_size, start_timeout_seconds=patience)
         with parallel.end_together(machine), liveness:
             _train(config, machine, stop, liveness)

@@ -86,7 +86,7 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the checkpoint under way, if any, is in force on disk. While any rank's files get on, all ranks'
-        watchdogs hear of it: a rank that has written its own waits for the others'.
+        watchdogs hear of it: a rank that has written its own waits for the others', for the writer's timeout at most.
 
         Raises:
             UserError: it could not be written (a full disk, say); the same on every rank.

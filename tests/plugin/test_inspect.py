@@ -222,5 +222,6 @@ def test_a_run_with_context_parallelism_is_read_and_its_damaged_weights_named(ru
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     done = inspect(str(folder), "--text", str(text))
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: ") and f"{file.name} is damaged" in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("GPTModel IS DEPRECATED")]  # by mcore 0.19
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert said[0].startswith("error: ") and f"{file.name} is damaged" in said[0]
