@@ -4,7 +4,6 @@
 import contextlib
 import os
 import pickle
-import signal
 import sys
 import time
 from pathlib import Path
@@ -248,20 +247,6 @@ def dataset_of(prefix: Path, lengths: list[int]) -> str:
         builder.add_document(np.full(length, 7), [length])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
-
-
-@pytest.fixture
-def at_most_a_minute():
-    """What waits for ever fails."""
-
-    def stop(*_) -> None:
-        raise TimeoutError("a minute is over")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

@@ -165,20 +165,6 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(prepared, tmp_path):
     assert list(out.iterdir()) == []
 
 
-@pytest.fixture
-def at_most_a_minute():
-    """What waits for ever fails."""
-
-    def stop(*_) -> None:
-        raise TimeoutError("a minute is over")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 def test_a_tokenizing_process_that_is_killed_is_one_line_and_nothing_is_written(
     prepared, refused, tmp_path, monkeypatch, at_most_a_minute
 ):
