@@ -11,12 +11,14 @@ The first layers and not the last: backward starts with the last, whose inputs w
 
 Memory on the GPU is bounded: a layer's input leaves once the copy of the one before it is done, so at most
 two are under way in either direction. The host waits for nothing; streams wait for each other.
+
+torch rounds each pinned block up to a power of two (6 GiB would take 8), so a hidden state lies in pieces.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +26,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+PIECE_BYTES = 1 << 28
+
 
 @dataclass(eq=False)
 class _Saved:
-    """One offloaded hidden state: `host` holds it, `device` again once its way back has begun."""
+    """One offloaded hidden state: `host` holds its pieces, `device` all of it again once its way back has begun."""
 
-    host: Tensor
+    host: list[Tensor]
+    shape: torch.Size
     before: _Saved | None  # the one saved before it, which backward needs next
     device: Tensor | None = None
     done: Any = None
@@ -41,7 +46,7 @@ class CheckpointOffload:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.stream: torch.cuda.Stream | None = None
-        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self.free: dict[tuple[torch.Size, torch.dtype], list[list[Tensor]]] = {}
         self.offloaded = 0  # in this forward pass
         self.last: _Saved | None = None
         self.leaving: deque[tuple[Tensor, Any]] = deque()
@@ -66,16 +71,17 @@ class CheckpointOffload:
 
     def take(self, tensor: Tensor) -> _Saved:
         """Start the copy to the CPU; keeps the tensor alive until the copy is done."""
-        saved = _Saved(self._host_buffer(tensor), self.last)
+        tensor = tensor.detach().contiguous()
+        saved = _Saved(self._host_buffer(tensor), tensor.shape, self.last)
         self.last = saved
         self.offloaded += 1
         if not tensor.is_cuda:
-            saved.host.copy_(tensor.detach())
+            _copy(_pieces(tensor), saved.host)
             return saved
         stream = self._copy_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            saved.host.copy_(tensor.detach(), non_blocking=True)
+            _copy(_pieces(tensor), saved.host)
         self.leaving.append((tensor, stream.record_event()))
         if len(self.leaving) > 1:
             self._wait_for_oldest()
@@ -89,7 +95,7 @@ class CheckpointOffload:
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
         saved.device = None
-        self.free[saved.host.shape, saved.host.dtype].append(saved.host)
+        self.free[saved.shape, device.dtype].append(saved.host)
         if saved.before is not None:
             self._start_return(saved.before)
         return device
@@ -97,15 +103,16 @@ class CheckpointOffload:
     def _start_return(self, saved: _Saved) -> None:
         if saved.device is not None:
             return
-        if self.stream is None:
-            saved.device = saved.host.clone()
-            return
-        device = torch.empty(saved.host.shape, dtype=saved.host.dtype, device="cuda")
         stream = self.stream
+        device = torch.empty(saved.shape, dtype=saved.host[0].dtype, device="cuda" if stream else "cpu")
+        saved.device = device
+        if stream is None:
+            _copy(saved.host, _pieces(device))
+            return
         stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            device.copy_(saved.host, non_blocking=True)
-        saved.device, saved.done = device, stream.record_event()
+            _copy(saved.host, _pieces(device))
+        saved.done = stream.record_event()
 
     def _wait_for_oldest(self) -> None:
         """Let the computation go on only once the oldest copy is done: its tensor's memory may be used again
@@ -119,12 +126,22 @@ class CheckpointOffload:
             self.stream = torch.cuda.Stream()
         return self.stream
 
-    def _host_buffer(self, tensor: Tensor) -> Tensor:
-        """A pinned buffer, used again in each step: pinning memory takes longer than the copy."""
+    def _host_buffer(self, tensor: Tensor) -> list[Tensor]:
+        """Pinned pieces, used again in each step: pinning memory takes longer than the copy."""
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         if free:
             return free.pop()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for x in _pieces(tensor)]
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of a contiguous tensor's elements, PIECE_BYTES each but for the last."""
+    return tensor.view(-1).split(PIECE_BYTES // tensor.element_size())
+
+
+def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 def use_checkpoint_offload(model: Any, *, num_layers: int) -> Any:

@@ -26,7 +26,12 @@ from sparsek_megatron import (
     get_sparsek_layer_spec,
     get_sparsek_mtp_block_spec,
 )
-from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, use_tiled_mlp
+from sparsek_megatron.memory import (
+    checkpoint_offload,
+    use_checkpoint_offload,
+    use_chunked_loss,
+    use_tiled_mlp,
+)
 from sparsek_megatron.memory.checkpoint_offload import CheckpointOffload
 
 SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
@@ -96,7 +101,19 @@ def test_offload_takes_the_first_layers_inputs_and_uses_its_buffers_again(ordina
         loss_and_gradients(model, batch())
     assert len(taken) == 4
     assert returned == [taken[1], taken[0], taken[3], taken[2]]
-    assert {x.host.data_ptr() for x in taken[:2]} == {x.host.data_ptr() for x in taken[2:]}
+    assert {id(x.host) for x in taken[:2]} == {id(x.host) for x in taken[2:]}
+
+
+def test_a_hidden_state_in_pieces_returns_whole(monkeypatch) -> None:
+    """torch rounds each pinned block up to a power of two: pieces of one, and a rest."""
+    monkeypatch.setattr(checkpoint_offload, "PIECE_BYTES", 64)
+    offload = CheckpointOffload(1)
+    hidden = torch.randn(5, 3, 2, dtype=torch.float64).transpose(0, 1)
+    saved = offload.take(hidden)
+    assert [x.numel() for x in saved.host] == [8, 8, 8, 6]
+    want = hidden.clone()
+    hidden.zero_()
+    assert torch.equal(offload.bring_back(saved), want)
 
 
 def test_tiles_bound_what_the_mlp_sees_and_recompute_runs_each_once_more(ordinary, monkeypatch) -> None:
@@ -137,8 +154,9 @@ def test_refusals_name_the_flag(megatron: None) -> None:
 
 
 @pytest.mark.gpu
-def test_offload_on_a_gpu_is_bitwise_and_frees_memory() -> None:
-    """Hidden states of 8 MiB pass through pinned memory while a stand-in for layers computes."""
+def test_offload_on_a_gpu_is_bitwise_and_frees_memory(monkeypatch) -> None:
+    """Hidden states of 8 MiB pass through pinned memory, in three pieces, while a stand-in for layers computes."""
+    monkeypatch.setattr(checkpoint_offload, "PIECE_BYTES", 3 << 20)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
