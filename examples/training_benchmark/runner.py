@@ -137,7 +137,9 @@ class Benchmark:
                 self.measure(row, case, trainer, model)
                 row = ranks.agree(row, self.machine)
                 reject_without_loss(row)
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
+                what = str(error).partition(" If reserved")[0]  # behind it: advice on the allocator's settings
+                print(f"{case}: rank {self.machine.rank}: {what}", file=sys.stderr, flush=True)
                 if self.machine.world_size > 1:
                     ranks.end_launch(self.machine, lambda case=case, row=row: self.tell_the_end(case, row))
                 row.error = "out of memory"

@@ -65,7 +65,7 @@ step = DeepSpeedTrainer.step
 
 def step_or_none_left(self, tokens, labels):
     if os.environ["RANK"] == "1" and tokens.shape[1] == 128:
-        raise torch.cuda.OutOfMemoryError
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB. If reserved is large try this.")
     return step(self, tokens, labels)
 
 DeepSpeedTrainer.step = step_or_none_left
@@ -123,6 +123,7 @@ def test_a_rank_without_memory_ends_all_and_names_what_did_not_run(ended):
     assert [row["tokens"] for row in rows] == ["96", "96", "128"]
     assert rows[-1]["error"] == "out of memory on rank 1" and rows[-1]["step_ms"] == ""
     assert printed.count("sparsek  deepspeed TP1 CP2 of 2: out of memory on rank 1\n") == 1
+    assert "tiny x2 128 sparsek deepspeed: rank 1: CUDA out of memory. Tried to allocate 6 GiB.\n" in printed
     end = "error: tiny x2 128 sparsek deepspeed: out of memory on rank 1 of 2, which ends the others too; not run: "
     assert printed.count(f"{end}tiny x2 96 dense deepspeed; run them without this case\n") == 1
 
