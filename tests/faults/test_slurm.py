@@ -37,6 +37,9 @@ started.touch()
 deadline = time.monotonic() + 240
 while first and not signals and time.monotonic() < deadline:
     time.sleep(0.1)
+# They come again and again until it has ended, and Python restores their default action, to kill, on its way out.
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
 print("told to stop" if signals else "not told to stop" if first else "nothing left", flush=True)
 """
 
