@@ -2,7 +2,6 @@
 """A small corpus, its tokenizer and its datasets, made once; a model on them; and how a program refuses."""
 
 import os
-import signal
 
 import pytest
 import torch
@@ -82,17 +81,3 @@ def refused(capsys, monkeypatch):
         return error.strip()
 
     return call
-
-
-@pytest.fixture
-def at_most_a_minute():
-    """What waits for ever fails."""
-
-    def stop(*_) -> None:
-        raise TimeoutError("a minute is over")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)

@@ -258,7 +258,8 @@ def dataset_of(prefix: Path, lengths: list[int]) -> str:
         ([200] * 19 + [0], "95,5,0", "valid part of .*/data has 1 of its 20 documents and 0 tokens"),
     ],
 )
-def test_a_part_of_the_split_without_tokens_is_refused(prepared, tmp_path, at_most_a_minute, lengths, split, said):
+@pytest.mark.timeout(60, func_only=True)
+def test_a_part_of_the_split_without_tokens_is_refused(prepared, tmp_path, lengths, split, said):
     data, large = dataset_of(tmp_path / "data", lengths), dataset_of(tmp_path / "large", [200] * 200)
     blends = [(data,), ("1", data), ("0.5", large, "0.5", data), (large, large, data)]
     for blend in blends:
@@ -267,7 +268,8 @@ def test_a_part_of_the_split_without_tokens_is_refused(prepared, tmp_path, at_mo
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_smallest_parts_that_megatron_takes_are_taken(prepared, tmp_path, at_most_a_minute):
+@pytest.mark.timeout(60, func_only=True)
+def test_the_smallest_parts_that_megatron_takes_are_taken(prepared, tmp_path):
     data, large = dataset_of(tmp_path / "data", [200] * 11), dataset_of(tmp_path / "large", [200] * 200)
     for blend in ((data,), ("0.5", large, "0.5", data)):
         train, valid = build(prepared, tmp_path / "cache", DataPaths(blend=blend))

@@ -165,8 +165,9 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(prepared, tmp_path):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.timeout(60, func_only=True)
 def test_a_tokenizing_process_that_is_killed_is_one_line_and_nothing_is_written(
-    prepared, refused, tmp_path, monkeypatch, at_most_a_minute
+    prepared, refused, tmp_path, monkeypatch
 ):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(100)))
     tokenize = SentencePieceTokenizer.tokenize
@@ -197,7 +198,8 @@ def test_results_of_several_processes_come_in_order_and_few_items_are_taken_ahea
 
 
 @pytest.mark.parametrize("within_a_result", [False, True])
-def test_a_killed_process_is_noticed_wherever_it_was(at_most_a_minute, within_a_result):
+@pytest.mark.timeout(60, func_only=True)
+def test_a_killed_process_is_noticed_wherever_it_was(within_a_result):
     def killed(item: int) -> bytes:
         if item == 16 and within_a_result:
             time.sleep(0.2)  # until the other process's results are read, and so none of this one's for a while
