@@ -186,11 +186,22 @@ interpreted = pytest.mark.skipif(
         (200, 3, 1, 80, 16, 20, 8, 40, "logit"),
         (200, 2, 2, 64, 8, 5, 1, 32, "value"),
         (200, 7, 1, 64, 8, 130, 64, 32, "logit"),
+        # Groups in two parts: three heads of one refresh point a tile, six of several.
+        (150, 6, 2, 64, 16, 20, 64, 40, "key_value"),
+        (150, 6, 1, 64, 8, 20, 8, 40, "value"),
     ],
 )
 def test_interpreted_kernels(short_segments, n, hq, hkv, d, topk, window, stride, pool, gate):
     inputs = make_inputs(n, hq=hq, hkv=hkv, d=d, dtype=torch.float32)
     check(inputs, 2e-6, "triton", topk=topk, window=window, stride=stride, pool=pool, gate=gate)
+
+
+def test_parts_of_a_group_cover_it_and_leave_at_most_an_eighth_of_their_rows_empty():
+    for group in range(1, plan.MAX_GROUP + 1):
+        parts = plan.cut_group(group)
+        assert [head for first, heads in parts for head in range(first, first + heads)] == list(range(group))
+        assert all(plan.power_of_2(heads) - heads <= plan.power_of_2(heads) / 8 for _, heads in parts)
+    assert [len(plan.cut_group(group)) for group in (1, 2, 3, 4, 5, 6, 7, 8)] == [1, 1, 2, 1, 2, 2, 1, 1]
 
 
 @interpreted
@@ -234,7 +245,7 @@ def test_a_second_derivative_is_refused_where_it_would_be_zero():
 
 @interpreted
 def test_interpreted_kernels_packed_and_strided(short_segments):
-    inputs, bounds = packed_inputs((140, 0, 1, 90), hq=2, hkv=1, d=64, dtype=torch.float32)
+    inputs, bounds = packed_inputs((140, 0, 1, 90), hq=3, hkv=1, d=64, dtype=torch.float32)
     inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 4 else x for x in inputs]
     options = {"topk": 8, "window": 12, "stride": 64, "gate": "key_value", "backend": "triton"}
     check_packed(inputs, bounds, lambda x, y: error(x, y) < 2e-6, **options)

@@ -56,7 +56,7 @@ def test_head_dimensions(d, dtype):
     check(make_inputs(1301, 4, 2, d, dtype), topk=64, window=64, stride=64)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 32])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32])
 @pytest.mark.parametrize("stride", [64, 16])
 def test_group_sizes(group, stride):
     check(make_inputs(1301, 2 * group, 2, 128, torch.bfloat16), topk=64, window=64, stride=stride)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.attention.plan import AttentionPlan
+from sparsek_kernels.attention.plan import AttentionPlan, Part
 from sparsek_kernels.attention.tile import (
     clamp_gate,
     gated_logits,
@@ -29,13 +29,14 @@ def attention_backward_query_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
     tokens, slots, list_tiles, kv_heads, past, scale, scale_log2, floor,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
-    GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    GATE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, HEADS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr,
     CARRIED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, b * hkv). OUT, D_Q [b, s, hq, d] contiguous; DELTA [b, hq, s]; QUERY_SUM [b, hkv, s].
 
-    CARRIED, past: as in the forward kernel.
+    FIRST, LAST, CARRIED, past: as in the forward kernel. The launch with FIRST > 0 adds to QUERY_SUM.
     """
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // kv_heads, bh % kv_heads
@@ -46,14 +47,14 @@ def attention_backward_query_kernel(
     if first >= end:
         return
 
-    ROWS: tl.constexpr = QUERIES * GROUP_PAD
+    ROWS: tl.constexpr = QUERIES * HEADS_PAD
     row = tl.arange(0, ROWS)
-    token = first + row // GROUP_PAD
-    member = row % GROUP_PAD
+    token = first + row // HEADS_PAD
+    member = FIRST + row % HEADS_PAD
     token_ok = token < end
     if CARRIED > 0:
         token_ok &= token >= 0
-    row_ok = token_ok & (member < GROUP)
+    row_ok = token_ok & (member < LAST)
     dim = tl.arange(0, D_PAD)
     dim_ok = dim < D
     ok_2d = row_ok[:, None] & dim_ok[None, :]
@@ -167,12 +168,15 @@ def attention_backward_query_kernel(
         d_q = tl.dot(d_qk.to(k.dtype), k, d_q, input_precision="ieee" if IEEE else None)
 
     tl.store(D_Q + own_rows[:, None] + dim[None, :], (d_q * scale).to(D_Q.dtype.element_ty), mask=ok_2d)
-    gate_sum = tl.sum(tl.reshape(gate_sum, [QUERIES, GROUP_PAD]), 1)
+    gate_sum = tl.sum(tl.reshape(gate_sum, [QUERIES, HEADS_PAD]), 1)
     own_token = first + tl.arange(0, QUERIES)
     own_ok = own_token < end
     if CARRIED > 0:
         own_ok &= own_token >= 0
-    tl.store(QUERY_SUM + bh * tokens + own_token, gate_sum, mask=own_ok)
+    own_sum = QUERY_SUM + bh * tokens + own_token
+    if FIRST > 0:
+        gate_sum += tl.load(own_sum, mask=own_ok, other=0.0)
+    tl.store(own_sum, gate_sum, mask=own_ok)
 
 
 def attention_backward_query(plan: AttentionPlan, query, key, value, scores, selection, out, d_out, lse):
@@ -185,22 +189,29 @@ def attention_backward_query(plan: AttentionPlan, query, key, value, scores, sel
     buffers = {
         "query": query, "key": key, "value": value, "scores": scores, "tau": selection.threshold,
         "tau_low": selection.threshold_low, "evict": selection.evict, "lists": selection.lists,
-        "tiles": plan.tiles(plan.backward_query.queries, selection.cu_seqlens), "out": out, "d_out": d_out, "lse": lse,
-        "d_query": d_query, "delta": delta, "query_sum": query_sum,
+        "out": out, "d_out": d_out, "lse": lse, "d_query": d_query, "delta": delta, "query_sum": query_sum,
     }  # fmt: skip
+    for n, part in enumerate(plan.parts):
+        buffers[f"tiles{n}"] = plan.tiles(part.backward_query.queries, selection.cu_seqlens)
     plan.run(_launches, buffers)
     return d_query, delta, query_sum
 
 
 def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
-    tiling = plan.backward_query
-    strides = (stride for name in ("query", "key", "value", "d_out") for stride in x[name].stride()[:3])
+    strides = [stride for name in ("query", "key", "value", "d_out") for stride in x[name].stride()[:3]]
     numbers = (
         plan.tokens, x["tau"].shape[2], x["lists"].shape[2], plan.kv_heads, plan.past,
         plan.scale, plan.scale_log2, plan.floor,
     )  # fmt: skip
-    constants = {
-        **plan.constants(tiling), "GROUP_PAD": plan.group_pad, "CARRIED": plan.carried, **tiling.launch
-    }  # fmt: skip
-    grid = (plan.num_tiles(tiling.queries), plan.batch * plan.kv_heads)
-    return [Launch(attention_backward_query_kernel, grid, (*x, *strides, *numbers), constants)]
+
+    def launch(n: int, part: Part) -> Launch:
+        tensors = (
+            "query", "key", "value", "scores", "tau", "tau_low", "evict", "lists", f"tiles{n}", "out", "d_out", "lse",
+            "d_query", "delta", "query_sum",
+        )  # fmt: skip
+        tiling = part.backward_query
+        constants = {**plan.constants(tiling), **part.launch, "CARRIED": plan.carried, **tiling.launch}
+        grid = (plan.num_tiles(tiling.queries), plan.batch * plan.kv_heads)
+        return Launch(attention_backward_query_kernel, grid, (*tensors, *strides, *numbers), constants)
+
+    return [launch(n, part) for n, part in enumerate(plan.parts)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Triton's language is not typed Python:
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-"""Forward kernel: one program per (tile of queries x their whole query-head group, key/value head).
+"""Forward kernel: one program per (tile of queries x a part of their query-head group, key/value head).
 
 A program gathers the K/V rows of the keys selected at its list tile's start, then streams the contiguous band
 from `window` before that point to its last query. Nothing else can be attended (kernels/README.md, fact 3), and
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.attention.forward_uniform import attention_forward_uniform_kernel, list_gates_kernel
-from sparsek_kernels.attention.plan import AttentionPlan
+from sparsek_kernels.attention.plan import AttentionPlan, Part
 from sparsek_kernels.attention.tile import (
     LOGIT,
     absorb,
@@ -35,13 +35,15 @@ def attention_forward_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, u_batch, u_token, u_head,
     tokens, slots, list_tiles, kv_heads, past, scale_log2, floor,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, LIST_TILE: tl.constexpr,
-    GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    GATE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, HEADS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, b * hkv). U [b, hkv, s] by its strides; EVICT [b, hkv, s]; TAU, TAU_LOW [b, hkv, slots];
     LISTS [b, hkv, list_tiles, TOPK].
 
     OUT [b, s, hq, d] contiguous; LSE [b, hq, s] fp32, log2 of the softmax denominator including its maximum.
+    A launch does the query heads FIRST ... LAST - 1 of every group (`plan.Part`).
     CARRIED keys precede this call's tokens in K, V, U, EVICT and LISTS, and `past` tokens precede them in the sequence
     (`selection.types`, with a state); tiles then keep to positions, so the first one may start before this call.
     """
@@ -54,12 +56,12 @@ def attention_forward_kernel(
     if first >= end:
         return
 
-    ROWS: tl.constexpr = QUERIES * GROUP_PAD
+    ROWS: tl.constexpr = QUERIES * HEADS_PAD
     row = tl.arange(0, ROWS)
-    token = first + row // GROUP_PAD
-    member = row % GROUP_PAD
+    token = first + row // HEADS_PAD
+    member = FIRST + row % HEADS_PAD
     token_ok = (token < end) & (token >= 0)
-    row_ok = token_ok & (member < GROUP)
+    row_ok = token_ok & (member < LAST)
     dim = tl.arange(0, D_PAD)
     dim_ok = dim < D
     q_rows = Q + batch * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member) * q_head
@@ -142,10 +144,11 @@ def attention_forward(plan: AttentionPlan, query, key, value, scores, selection)
     lists = selection.lists
     buffers = {
         "query": query, "key": key, "value": value, "scores": scores, "tau": selection.threshold,
-        "tau_low": selection.threshold_low, "evict": selection.evict, "lists": lists,
-        "tiles": plan.tiles(plan.forward.queries, selection.cu_seqlens), "out": out, "lse": lse,
+        "tau_low": selection.threshold_low, "evict": selection.evict, "lists": lists, "out": out, "lse": lse,
     }  # fmt: skip
-    if plan.uniform(plan.forward):
+    for n, part in enumerate(plan.parts):
+        buffers[f"tiles{n}"] = plan.tiles(part.forward.queries, selection.cu_seqlens)
+    if any(plan.uniform(part.forward) for part in plan.parts):
         buffers["gates"] = torch.empty(lists.shape, dtype=torch.float32, device=query.device)
     plan.run(_launches, buffers)
     return out, lse
@@ -153,22 +156,36 @@ def attention_forward(plan: AttentionPlan, query, key, value, scores, selection)
 
 def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
     slots, list_tiles = x["tau"].shape[2], x["lists"].shape[2]
-    tiling, rows = plan.forward, plan.batch * plan.kv_heads
-    grid = (plan.num_tiles(tiling.queries), rows)
+    rows = plan.batch * plan.kv_heads
     strides = (*x["query"].stride()[:3], *x["key"].stride()[:3], *x["value"].stride()[:3])
     u_strides = (x["scores"].stride(0), x["scores"].stride(2), x["scores"].stride(1))
-    constants = {
-        **plan.constants(tiling),
-        **tiling.launch,
-        "GROUP_PAD": plan.group_pad,
-        "CARRIED": plan.carried,
-    }
-    if not constants.pop("UNIFORM"):
-        tensors = (
-            "query", "key", "value", "scores", "tau", "tau_low", "evict", "lists", "tiles", "out", "lse"
+
+    def launch(n: int, part: Part) -> Launch:
+        tiling, tiles = part.forward, f"tiles{n}"
+        grid = (plan.num_tiles(tiling.queries), rows)
+        constants = {**plan.constants(tiling), **part.launch, **tiling.launch, "CARRIED": plan.carried}
+        if not constants.pop("UNIFORM"):
+            tensors = (
+                "query", "key", "value", "scores", "tau", "tau_low", "evict", "lists", tiles, "out", "lse"
+            )  # fmt: skip
+            numbers = (plan.tokens, slots, list_tiles, plan.kv_heads, plan.past, plan.scale_log2, plan.floor)
+            return Launch(attention_forward_kernel, grid, (*tensors, *strides, *u_strides, *numbers), constants)
+        del constants["LIST_TILE"]
+        band_keys, band_stages = tiling.band or (tiling.keys, tiling.num_stages)
+        constants.update(NEGATIVE=plan.scale_log2 < 0, BAND_KEYS=band_keys, BAND_STAGES=band_stages)
+        return Launch(
+            attention_forward_uniform_kernel,
+            grid,
+            (
+                "query", "key", "value", "gates", "lists", tiles, "out", "lse",
+                *strides, plan.tokens, list_tiles, plan.kv_heads, plan.past, abs(plan.scale_log2),
+            ),
+            constants,
         )  # fmt: skip
-        numbers = (plan.tokens, slots, list_tiles, plan.kv_heads, plan.past, plan.scale_log2, plan.floor)
-        return [Launch(attention_forward_kernel, grid, (*tensors, *strides, *u_strides, *numbers), constants)]
+
+    launches = [launch(n, part) for n, part in enumerate(plan.parts)]
+    if "gates" not in x:
+        return launches
     gates = Launch(
         list_gates_kernel,
         (list_tiles, rows),
@@ -178,16 +195,4 @@ def _launches(plan: AttentionPlan, x: Named) -> list[Launch]:
         ),
         {"TOPK": plan.topk, "TOPK_PAD": power_of_2(plan.topk)},
     )  # fmt: skip
-    del constants["LIST_TILE"]
-    band_keys, band_stages = tiling.band or (tiling.keys, tiling.num_stages)
-    constants.update(NEGATIVE=plan.scale_log2 < 0, BAND_KEYS=band_keys, BAND_STAGES=band_stages)
-    attention = Launch(
-        attention_forward_uniform_kernel,
-        grid,
-        (
-            "query", "key", "value", "gates", "lists", "tiles", "out", "lse",
-            *strides, plan.tokens, list_tiles, plan.kv_heads, plan.past, abs(plan.scale_log2),
-        ),
-        constants,
-    )  # fmt: skip
-    return [gates, attention]
+    return [gates, *launches]

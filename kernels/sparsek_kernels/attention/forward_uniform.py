@@ -58,7 +58,8 @@ def attention_forward_uniform_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     tokens, list_tiles, kv_heads, past, scale_log2,
     TOPK: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr,
-    GATE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    GATE: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, HEADS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BAND_KEYS: tl.constexpr, BAND_STAGES: tl.constexpr,
     NEGATIVE: tl.constexpr, PACKED: tl.constexpr, IEEE: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +75,11 @@ def attention_forward_uniform_kernel(
     if first >= end:
         return
 
-    ROWS: tl.constexpr = QUERIES * GROUP_PAD
+    ROWS: tl.constexpr = QUERIES * HEADS_PAD
     row = tl.arange(0, ROWS)
-    token = first + row // GROUP_PAD
-    member = row % GROUP_PAD
-    row_ok = (token < end) & (member < GROUP)
+    token = first + row // HEADS_PAD
+    member = FIRST + row % HEADS_PAD
+    row_ok = (token < end) & (member < LAST)
     if CARRIED > 0:
         row_ok &= token >= 0
     dim = tl.arange(0, D_PAD)

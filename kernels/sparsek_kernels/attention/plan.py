@@ -11,6 +11,7 @@ import torch
 
 from sparsek_kernels.attention.tile import GATE_CODE
 from sparsek_kernels.launch import Launch, Named, Pass
+from sparsek_kernels.selection.plan import power_of_2
 from sparsek_kernels.selection.types import Selection, list_tile
 
 LOG2E = 1.4426950408889634
@@ -32,7 +33,7 @@ class Tiling:
     num_stages: int
     maxnreg: int | None = None
     band: tuple[int, int] | None = None
-    queries: int = 0  # rows / padded group size, filled in by the plan
+    queries: int = 0  # rows / padded heads, filled in by the plan
 
     @property
     def launch(self) -> dict[str, int]:
@@ -52,6 +53,21 @@ class Tilings:
     backward_query: Tiling
     backward_survivors: Tiling
     backward_band: Tiling
+
+
+@dataclass(frozen=True)
+class Part:
+    """Query heads of every group that the query-major kernels take in one launch: `heads` of them, from `first` on."""
+
+    first: int
+    heads: int
+    forward: Tiling
+    backward_query: Tiling
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Compile-time arguments of a launch."""
+        return {"FIRST": self.first, "LAST": self.first + self.heads, "HEADS_PAD": power_of_2(self.heads)}
 
 
 # 16-bit inputs by padded head dimension. Measured on Hopper (kernels/benchmarks/README.md).
@@ -103,23 +119,39 @@ def padded_dim(dim: int) -> int:
     return max(64, 1 << (dim - 1).bit_length())
 
 
+def cut_group(group: int) -> tuple[tuple[int, int], ...]:
+    """(first head, heads) of a group's parts. A tile has a power of two of rows to a query: a part leaves at most an
+    eighth of them empty, where all of a group would leave up to a half."""
+    parts, first = [], 0
+    while first < group:
+        heads = group - first
+        if 8 * heads < 7 * power_of_2(heads):
+            heads = power_of_2(heads) // 2
+        parts.append((first, heads))
+        first += heads
+    return tuple(parts)
+
+
+def fit(tiling: Tiling, heads: int, stride: int) -> Tiling:
+    """The tile's extent in queries: its rows shared by `heads`, halved once if that keeps a tile inside one refresh
+    point."""
+    queries = max(tiling.rows // heads, 1)
+    if list_tile(stride) == stride and stride % queries and stride % (queries // 2 or 1) == 0:
+        queries //= 2
+    return replace(tiling, rows=queries * heads, queries=queries)
+
+
 @lru_cache(maxsize=256)
-def fit(tilings: Tilings, group_pad: int, stride: int) -> Tilings:
-    """Tile extents in queries: rows shared by `group_pad` heads (one head in the key-major passes), halved once if that
-    keeps a tile inside one refresh point."""
-
-    def fitted(tiling: Tiling, heads: int) -> Tiling:
-        queries = max(tiling.rows // heads, 1)
-        if list_tile(stride) == stride and stride % queries and stride % (queries // 2 or 1) == 0:
-            queries //= 2
-        return replace(tiling, rows=queries * heads, queries=queries)
-
-    band = tilings.backward_band  # a tile must not reach over a key block's diagonal: queries <= keys
-    return Tilings(
-        fitted(tilings.forward, group_pad),
-        fitted(tilings.backward_query, group_pad),
-        fitted(tilings.backward_survivors, 1),
-        fitted(replace(band, rows=min(band.rows, band.keys)), 1),
+def parts_of(tilings: Tilings, group: int, stride: int) -> tuple[Part, ...]:
+    """The parts of a group of `group` query heads, each with its tiles."""
+    return tuple(
+        Part(
+            first,
+            heads,
+            fit(tilings.forward, power_of_2(heads), stride),
+            fit(tilings.backward_query, power_of_2(heads), stride),
+        )
+        for first, heads in cut_group(group)
     )
 
 
@@ -151,7 +183,6 @@ class AttentionPlan:
         self.batch, self.tokens, heads, self.dim = query
         self.keys, self.kv_heads = keys
         self.group = heads // self.kv_heads
-        self.group_pad = 1 << (self.group - 1).bit_length()
         self.dim_pad = padded_dim(self.dim)
         self.topk, self.window, self.stride, self.gate = topk, window, stride, gate
         self.scale, self.scale_log2 = softmax_scale, softmax_scale * LOG2E
@@ -163,9 +194,10 @@ class AttentionPlan:
         # Partials take (topk + capacity) / segment rows per key; longer segments mean fewer and longer programs.
         self.segment = self.list_tile * -(-max(SEGMENT_QUERIES, 2 * topk) // self.list_tile)
         self.capacity = self.segment // 4
-        fitted = fit(tilings, self.group_pad, stride)
-        self.forward, self.backward_query = fitted.forward, fitted.backward_query
-        self.backward_survivors, self.backward_band = fitted.backward_survivors, fitted.backward_band
+        self.parts = parts_of(tilings, self.group, stride)
+        self.backward_survivors = fit(tilings.backward_survivors, 1, stride)
+        band = tilings.backward_band  # a tile must not reach over a key block's diagonal: queries <= keys
+        self.backward_band = fit(replace(band, rows=min(band.rows, band.keys)), 1, stride)
         self._passes: dict[Callable, Pass] = {}
 
     def run(self, make: Callable[[AttentionPlan, Named], list[Launch]], buffers: Named) -> None:

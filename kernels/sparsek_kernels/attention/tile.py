@@ -4,8 +4,8 @@
 Coordinates: a query has an index i in 0 ... s - 1 of this call. Packed sequences start at `start` and end before `end`;
 positions count from `start`, refresh points and list tiles restart there.
 
-Rows of a query tile pack the query heads of one group: row m is query `first + m // GROUP_PAD`, head `m % GROUP_PAD`
-of the group (`GROUP_PAD` is the group size rounded up to a power of two; the surplus rows are masked).
+Rows of a query tile pack query heads of one group, FIRST ... LAST - 1 (`plan.Part`): row m is query `first + m //
+HEADS_PAD`, head `FIRST + m % HEADS_PAD`. HEADS_PAD: their number, rounded up to a power of two; the rest is masked.
 """
 
 import triton
