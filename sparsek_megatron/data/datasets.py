@@ -30,7 +30,8 @@ from sparsek_megatron.stop_signals import signals_held
 
 
 def validation_entropy(paths: DataPaths, vocab_size: int) -> float:
-    """Unigram entropy in nats per token of the validation data (of the whole blend where one is split).
+    """Unigram entropy in nats per token of the validation data (of the whole blend where one is split, of the training
+    data where nothing is validated).
 
     Taken from the card beside one dataset; for several, or for data without a card, counted over at most
     the first 50M tokens of each.

@@ -123,7 +123,9 @@ class TrainingConfig:
 
     # Validation, logging, checkpoints
     eval_interval: int = _setting(100, "steps between validations")
-    eval_iters: int = _setting(10, "global batches of one validation, the same ones each time")
+    eval_iters: int = _setting(
+        10, "global batches of one validation, the same ones each time; 0 for none, which needs no validation data"
+    )
     log_interval: int = _setting(10, "steps between log lines, and between looks at the selection")
     peak_tflops: float | None = _setting(
         None, "bfloat16 peak of one GPU for MFU; default from its name, where known", kind=float

@@ -17,7 +17,7 @@ _RANGES = (
     (
         "must be at least 1", lambda x: x >= 1,
         ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "tensor_model_parallel_size",
-         "micro_batch_size", "train_iters", "eval_interval", "eval_iters", "log_interval", "save_interval",
+         "micro_batch_size", "train_iters", "eval_interval", "log_interval", "save_interval",
          "distributed_timeout_minutes", "make_vocab_size_divisible_by", "rotary_base", "ffn_hidden_size",
          "num_query_groups", "kv_channels", "global_batch_size", "exit_interval", "lr_decay_iters",
          "max_position_embeddings", "mlp_tile_tokens"),
@@ -25,7 +25,7 @@ _RANGES = (
     (
         "must be at least 0, and finite", lambda x: 0 <= x < math.inf,
         ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "num_workers", "keep_last_n",
-         "hang_timeout_seconds", "max_skipped_steps"),
+         "hang_timeout_seconds", "max_skipped_steps", "eval_iters"),
     ),
     (
         "must be above 0, and finite", lambda x: 0 < x < math.inf,
@@ -54,14 +54,21 @@ def check_run(config: TrainingConfig, world_size: int, *, on_gpu: bool) -> None:
 
 
 def data_paths(config: TrainingConfig) -> DataPaths:
-    """The data flags; raises `UserError` where they contradict each other."""
+    """The data flags, validation data left out where nothing is validated.
+
+    Raises:
+        UserError: they contradict each other.
+    """
     if config.data_path and (config.train_data_path or config.valid_data_path):
         raise UserError("--data-path and --train-data-path/--valid-data-path exclude each other; give one form")
-    if config.train_data_path and not config.valid_data_path:
-        raise UserError("--train-data-path needs --valid-data-path beside it, or use --data-path with --split")
+    if config.train_data_path and not config.valid_data_path and config.eval_iters:
+        raise UserError(
+            "--train-data-path needs --valid-data-path beside it, or use --data-path with --split, or --eval-iters 0"
+        )
     if config.valid_data_path and not config.train_data_path:
         raise UserError("--valid-data-path needs --train-data-path beside it, or use --data-path with --split")
-    return DataPaths(config.data_path, config.split, config.train_data_path, config.valid_data_path)
+    valid = config.valid_data_path if config.eval_iters else ()
+    return DataPaths(config.data_path, config.split, config.train_data_path, valid)
 
 
 def check_ranges(config: TrainingConfig) -> None:

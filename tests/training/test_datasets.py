@@ -71,6 +71,13 @@ def test_the_order_depends_on_the_seed_alone(prepared, tmp_path):
     assert first == again != other
 
 
+@pytest.mark.parametrize("split", ["100", "95,5,0"])
+def test_no_validation_samples_ask_for_no_validation_part(prepared, tmp_path, split):
+    train, valid = build(prepared, tmp_path, DataPaths(blend=(prepared.train,), split=split), valid=0)
+    assert valid is None
+    assert train[39]["tokens"].shape == (64,)
+
+
 def copy(source: str, prefix: Path) -> None:
     for suffix in (".bin", ".idx"):
         Path(f"{prefix}{suffix}").write_bytes(Path(source + suffix).read_bytes())

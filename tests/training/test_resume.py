@@ -203,6 +203,15 @@ def test_exit_interval_saves_and_leaves_and_old_checkpoints_go(prepared, uninter
     assert trajectory(save) == [r for r in trajectory(uninterrupted) if r["step"] <= 4]
 
 
+def test_a_run_without_validation_needs_no_such_data_and_trains_alike(prepared, uninterrupted, tmp_path):
+    save = tmp_path / "training alone"
+    flags = [*prepared.flags(save), *PARALLEL, "--eval-iters", "0", "--exit-interval", "5"]
+    place = flags.index("--valid-data-path")
+    run("pretrain_gpt.py", *flags[:place], *flags[place + 2 :])
+    assert trajectory(save) == [r for r in trajectory(uninterrupted) if r["step"] <= 5 and "loss" in r]
+    assert (save / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_finished_run_is_left_as_it_is(prepared, uninterrupted, tmp_path):
     save = copy_at(uninterrupted, tmp_path / "finished", 8)
     before = {p: p.stat().st_mtime_ns for p in save.glob("step_*/*")}
