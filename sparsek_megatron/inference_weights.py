@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from megatron.core import parallel_state
 
@@ -12,36 +10,38 @@ from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.checkpoint import safe_load, why_unreadable
 from sparsek_megatron.training.reshard import cut_shard, merge_shards
 from sparsek_megatron.training.run_folder import checkpoint_name
+from sparsek_megatron.training.trained_run import TrainedRun
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: Path, *, step: int, saved_size: int) -> None:
-    """Fill `model`, this rank's shard, from the checkpoint of `saved_size` tensor-parallel ranks.
+def load_weights(model: torch.nn.Module, run: TrainedRun) -> None:
+    """Fill `model`, this rank's shard at any tensor-parallel size, from the run's checkpoint.
 
     Files are memory-mapped, and one parameter at a time is put together. Checksums are not looked at here: see
-    `training.generate.newest_with_weights`.
+    `trained_run.newest_with_weights`.
 
     Raises:
         UserError: a file cannot be read, or does not hold this model; the model is then unchanged.
     """
-    path = folder / checkpoint_name(step)
+    path = run.folder / checkpoint_name(run.step)
+    saved_size = run.settings["tensor_model_parallel_size"]
     files = [path / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(saved_size)]
     try:
         shards = [safe_load(file, mmap=True)["module"] for file in files]
     except Exception as err:
         reason = why_unreadable(err)
-        raise UserError(f"--load {folder}: the checkpoint of step {step} cannot be read ({reason})") from err
+        raise UserError(f"{path}: cannot be read ({reason})") from err
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = [name for name in targets if name not in shards[0]]
     if any(".scorer." in name for name in missing):
         raise UserError(
-            f"--load {folder}: the checkpoint has no scorer ({missing[0]}): it was not trained with SparseK attention; "
+            f"{path}: the checkpoint has no scorer ({missing[0]}): it was not trained with SparseK attention; "
             "add scorers to dense weights with sparsek_megatron.convert and train them"
         )
     if missing:
-        raise UserError(f"--load {folder}: the checkpoint does not hold {missing[0]}")
+        raise UserError(f"{path}: the checkpoint does not hold {missing[0]}")
     values = {}
     for name, target in targets.items():
         sharded = getattr(target, "tensor_model_parallel", False)
@@ -54,7 +54,7 @@ def load_weights(model: torch.nn.Module, folder: Path, *, step: int, saved_size:
             value = cut_shard(merge_shards(parts, dim, stride), dim, stride, rank=rank, size=size)
         if value.shape != target.shape:
             raise UserError(
-                f"--load {folder}: {name} has shape {tuple(value.shape)} there and {tuple(target.shape)} in the model "
+                f"{path}: {name} has shape {tuple(value.shape)} there and {tuple(target.shape)} in the model "
                 "of its settings"
             )
         values[name] = value

@@ -7,16 +7,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import atomic_write
 from sparsek_megatron.flags import FlagParser
-from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.generate import generation_config
 from sparsek_megatron.training.launcher import is_launched, launch
-from sparsek_megatron.training.run_folder import latest_step, read_run
+from sparsek_megatron.training.trained_run import (
+    TENSOR_PARALLEL_HELP,
+    TrainedRun,
+    generation_config,
+    open_run,
+)
 
 
 def build_parser() -> FlagParser:
@@ -31,15 +33,8 @@ def build_parser() -> FlagParser:
         "--max-tokens", type=int, help="tokens of the text to read; default: all the model takes"
     )
     parser.add_argument("--tokenizer-model", help="default: the one that the run used")
+    parser.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help=TENSOR_PARALLEL_HELP)
     return parser
-
-
-def _run_config(folder: str, settings: dict[str, Any]) -> TrainingConfig:
-    if settings["zero_stage"] == 3:
-        raise UserError(
-            f"{folder}: a ZeRO-3 checkpoint holds no whole weights; inspect one of ZeRO 0, 1 or 2"
-        )
-    return generation_config(settings, settings["tensor_model_parallel_size"])
 
 
 def _tokens(path: str, tokenizer: SentencePieceTokenizer, longest: int, limit: int | None) -> list[int]:
@@ -70,60 +65,44 @@ def token_texts(tokenizer: SentencePieceTokenizer, ids: list[int]) -> list[str]:
 
 
 def inspect_program(argv: Sequence[str], program: str) -> None:
-    """Run the program; with tensor parallelism it starts as many processes as the run had.
+    """Run the program; with tensor parallelism it starts the processes.
 
     Raises:
         UserError: for each thing that the user can fix.
     """
     args = build_parser().parse_args(argv)
-    step = latest_step(args.checkpoint)
-    if step is None:
-        raise UserError(f"{args.checkpoint}: holds no checkpoint; give the --save folder of a run")
-    saved = read_run(args.checkpoint, step)
-    config = _run_config(args.checkpoint, saved["settings"])
-    tokenizer_path = args.tokenizer_model or config.tokenizer_model
-    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
-    if tokenizer.sha256 != saved["tokenizer_sha256"]:
-        raise UserError(
-            f"--tokenizer-model {tokenizer_path}: not the tokenizer of this checkpoint; give that one"
-        )
-    ids = _tokens(args.text, tokenizer, config.max_position_embeddings or config.seq_length, args.max_tokens)
-    needed = config.sparsek_topk + config.sparsek_window
+    run = open_run(args.checkpoint, args.tokenizer_model, argument=args.checkpoint)
+    ids = _tokens(args.text, run.tokenizer, run.longest, args.max_tokens)
+    needed = run.settings["sparsek_topk"] + run.settings["sparsek_window"]
     if len(ids) <= needed:
         raise UserError(
             f"--text {args.text}: {len(ids)} tokens, and {needed} (topk + window) are always kept; give a longer one"
         )
-    if config.tensor_model_parallel_size > 1 and not is_launched():
-        launch(program, argv, config.tensor_model_parallel_size)
+    size = run.tensor_parallel_size(args.tensor_model_parallel_size)
+    if size > 1 and not is_launched():
+        run.choose_for_launched()
+        launch(program, argv, size)
         return
-    out = Path(args.out or Path(args.checkpoint) / "inspect")
-    _inspect(config, tokenizer, Path(args.checkpoint), step, ids, out, name=Path(args.text).name)
+    _inspect(run, size, ids, Path(args.out or run.folder / "inspect"), name=Path(args.text).name)
 
 
-def _inspect(
-    config: TrainingConfig,
-    tokenizer: SentencePieceTokenizer,
-    folder: Path,
-    step: int,
-    ids: list[int],
-    out: Path,
-    *,
-    name: str,
-) -> None:
+def _inspect(run: TrainedRun, size: int, ids: list[int], out: Path, *, name: str) -> None:
     import torch
     from megatron.core import parallel_state
 
+    from sparsek_megatron.inference_weights import load_weights
     from sparsek_megatron.inspect.collect import recorded_scores, scores_of_all_heads
     from sparsek_megatron.inspect.heads import head_statistics
     from sparsek_megatron.inspect.page import render
     from sparsek_megatron.inspect.plot import draw
-    from sparsek_megatron.training import checkpoint, parallel
+    from sparsek_megatron.training import parallel
     from sparsek_megatron.training.model import build_model, token_losses
 
+    config = generation_config(run.settings, size)
     machine = parallel.initialize(config)
     with parallel.end_together(machine):
-        model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
-        checkpoint.load_model(model, folder, step=step)
+        model = build_model(config, run.tokenizer.vocab_size, on_gpu=machine.on_gpu)
+        load_weights(model, run)
         with torch.no_grad(), recorded_scores(model.eval()) as found:
             token_losses(model, torch.tensor([ids], device=machine.device), None)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -141,9 +120,9 @@ def _inspect(
         for head in head_statistics(scores[0], settings, layer=layer)
     ]
     settings = next(iter(layers.values()))[0]
-    title = f"What {folder.name} keeps of {name} at step {step}"
+    title = f"What {run.folder.name} keeps of {name} at step {run.step}"
     png = draw(heads, stride=settings.stride, title=title)
-    page = render(token_texts(tokenizer, ids), heads, settings, png=png, title=title)
+    page = render(token_texts(run.tokenizer, ids), heads, settings, png=png, title=title)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "selection.png", "wb") as stream:
         stream.write(png)

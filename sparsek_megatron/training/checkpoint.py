@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from sparsek_megatron.data.fingerprint import Fingerprint
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.files import fsync_path
 from sparsek_megatron.training.arguments import TrainingConfig
-from sparsek_megatron.training.manifest import check_contents, check_sizes, read_manifest, record_of
+from sparsek_megatron.training.manifest import check_contents, check_sizes
 from sparsek_megatron.training.parallel import Machine
 from sparsek_megatron.training.rng import restore_rng, rng_states
 from sparsek_megatron.training.run_folder import (
@@ -181,20 +180,6 @@ def _load_as_saved(engine: Any, path: Path, machine: Machine) -> None:
     if loaded is None:
         raise FileNotFoundError("incomplete")
     restore_rng(safe_load(path / _rng_file(machine.rank)), on_gpu=machine.on_gpu)
-
-
-def load_model(model: torch.nn.Module, folder: Path, *, step: int) -> None:
-    """Restore this tensor-parallel rank's weights alone, without DeepSpeed.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    path = folder / checkpoint_name(step) / f"mp_rank_{rank:02d}_model_states.pt"
-    with _readable(folder, step):
-        if record_of(path) != read_manifest(path.parent).get(path.name):
-            raise RuntimeError(f"{path.name} is damaged: its checksum differs")
-        model.load_state_dict(safe_load(path)["module"])
 
 
 def safe_load(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:

@@ -4,25 +4,21 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.inference_model import ModelDecoder
 from sparsek_megatron.inference_weights import load_weights
 from sparsek_megatron.training import parallel
-from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.model import build_model
 from sparsek_megatron.training.sampling import Generated, Sampling, generate
 from sparsek_megatron.training.text_stream import TextStream
+from sparsek_megatron.training.trained_run import TrainedRun, generation_config
 
 
 def generate_text(
-    config: TrainingConfig,
-    tokenizer: SentencePieceTokenizer,
-    folder: Path,
-    step: int,
-    saved_size: int,
+    run: TrainedRun,
+    size: int,
     texts: Sequence[str],
     prompts: Sequence[Sequence[int]],
     *,
@@ -31,19 +27,20 @@ def generate_text(
     prefill_tokens: int,
     cuda_graph: bool,
 ) -> None:
-    """Load a checkpoint of `saved_size` tensor-parallel ranks and print each text with its continuation, on rank 0.
+    """Load the run's weights onto `size` tensor-parallel ranks and print each text with its continuation, on rank 0.
 
     A single prompt's text is printed while it is made, several prompts' texts as each ends.
 
     Raises:
         UserError: weights that do not fit or are damaged.
     """
+    config, tokenizer = generation_config(run.settings, size), run.tokenizer
     machine = parallel.initialize(config)
     with parallel.end_together(machine):
         # The model says which settings it has; standard output is for text.
         with contextlib.redirect_stdout(sys.stderr):
             model = build_model(config, tokenizer.vocab_size, on_gpu=machine.on_gpu)
-        load_weights(model, folder, step=step, saved_size=saved_size)
+        load_weights(model, run)
         try:
             decoder = ModelDecoder(
                 model, batch_size=len(prompts), max_sequence_length=max(map(len, prompts)) + max_new_tokens,

@@ -15,11 +15,11 @@ from programs import REPOSITORY, run
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.training.arguments import TrainingConfig, parse
-from sparsek_megatron.training.generate import generation_config
 from sparsek_megatron.training.launcher import world_size_of_environment
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.parallel import initialize
 from sparsek_megatron.training.pretrain import pretrain
+from sparsek_megatron.training.trained_run import generation_config
 from sparsek_megatron.training.validate import check_deepspeed, check_precision, check_ranges, sparsek_config
 
 NEEDED = ["--save", "runs/x", "--tokenizer-model", "t.model"]
@@ -117,7 +117,7 @@ def test_every_configuration_file_is_valid(path):
         ("--adam-beta2 1.5", "--adam-beta2 1.5: must be at least 0 and below 1"),
         ("--adam-eps -1", "--adam-eps -1.0: must be above 0"),
         ("--rotary-base 0", "--rotary-base 0: must be at least 1"),
-        ("--eval-iters 0", "--eval-iters 0: must be at least 1"),
+        ("--eval-iters -1", "--eval-iters -1: must be at least 0"),
         ("--data-path x", "exclude each other"),
         ("--config absent.yaml", "absent.yaml: cannot be read"),
         ("--load elsewhere", "--load elsewhere: holds no checkpoint"),

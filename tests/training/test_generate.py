@@ -16,17 +16,13 @@ from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.inference_model import ModelDecoder
 from sparsek_megatron.inference_weights import load_weights
-from sparsek_megatron.training.generate import (
-    generate_program,
-    generation_config,
-    newest_with_weights,
-    read_prompts,
-)
+from sparsek_megatron.training.generate import generate_program, read_prompts
 from sparsek_megatron.training.manifest import record_of, write_manifest
 from sparsek_megatron.training.model import build_model
 from sparsek_megatron.training.reshard import cut_shard
 from sparsek_megatron.training.sampling import generate
 from sparsek_megatron.training.text_stream import TextStream
+from sparsek_megatron.training.trained_run import generation_config, newest_with_weights, open_run
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +55,12 @@ def checkpoint(config, model, prepared, tmp_path_factory):
 
 
 def test_weights_of_two_ranks_load_into_one(checkpoint, model):
-    settings = json.loads((checkpoint / "step_00000003" / "run.json").read_text())["settings"]
-    smaller = generation_config(settings, 1)
+    run = open_run(str(checkpoint), None, argument="--load it")
+    smaller = generation_config(run.settings, run.tensor_parallel_size(None))
     assert smaller.tensor_model_parallel_size == 1 and not smaller.sequence_parallel
     torch.manual_seed(9)
     other = build_model(smaller, 512, on_gpu=False)
-    load_weights(other, checkpoint, step=3, saved_size=2)
+    load_weights(other, run)
     for name, parameter in model.named_parameters():
         assert torch.equal(dict(other.named_parameters())[name], parameter), name
 
@@ -80,16 +76,17 @@ def test_a_run_with_fused_rope_is_decoded_without_it(checkpoint, machine):
 def test_a_checkpoint_without_scorers_or_with_a_damaged_file_is_named(checkpoint, model, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
+    run = open_run(str(folder), None, argument="--load it")
     file = folder / "step_00000003" / "mp_rank_00_model_states.pt"
     state = torch.load(file, weights_only=True)
     dense = {name: x for name, x in state["module"].items() if ".scorer." not in name}
     torch.save({"module": dense}, file)
     before = {name: x.clone() for name, x in model.named_parameters()}
     with pytest.raises(UserError, match="the checkpoint has no scorer"):
-        load_weights(model, folder, step=3, saved_size=2)
+        load_weights(model, run)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"the checkpoint of step 3 cannot be read \("):
-        load_weights(model, folder, step=3, saved_size=2)
+    with pytest.raises(UserError, match=r"/copy/step_00000003: cannot be read \("):
+        load_weights(model, run)
     assert all(torch.equal(before[name], x) for name, x in model.named_parameters())
 
 
@@ -98,14 +95,14 @@ def test_damaged_weights_are_passed_over_and_named(checkpoint, tmp_path, capsys,
     shutil.copytree(checkpoint, folder)
     shutil.copytree(folder / "step_00000003", folder / "step_00000006")
     (folder / "latest").write_text("step_00000006")
-    assert newest_with_weights(str(folder)) == 6
+    assert newest_with_weights(str(folder), argument="--load it") == 6
     for name, first in (("step_00000006", 3), ("step_00000003", None)):
         file = folder / name / "mp_rank_01_model_states.pt"
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
         if first is not None:
-            assert newest_with_weights(str(folder)) == first
+            assert newest_with_weights(str(folder), argument="--load it") == first
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and f"{name}: mp_rank_01_model_states.pt is damaged" in said
     said = refused(generate_program, ["--load", str(folder), "--prompt", "a"], "generate.py")
