@@ -38,7 +38,7 @@ from scaling_benchmark.rows import COLUMNS, append_row, described, plot, read_ro
 from training_benchmark.trace import covered  # noqa: E402
 
 from sparsek_megatron.context_parallel.traffic import CollectiveTraffic  # noqa: E402
-from sparsek_megatron.errors import EXIT_USAGE, UserError, report_user_errors  # noqa: E402
+from sparsek_megatron.errors import EXIT_USAGE, UserError, describe_memory_error, report_user_errors  # noqa: E402
 from sparsek_megatron.files import require_writable_folder  # noqa: E402
 from sparsek_megatron.training.launcher import order_launches, world_size_of_environment  # noqa: E402
 
@@ -206,7 +206,9 @@ def run(args: argparse.Namespace, todo: list[Case], device: torch.device) -> Non
         for case in of_mesh:
             try:
                 row = measure(args, case, device)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                said = describe_memory_error(error)
+                print(f"{case}: rank {dist.get_rank()}: {said}", file=sys.stderr, flush=True)
                 if dist.get_world_size() > 1:
                     out_of_memory(case, results)
                 row = dict.fromkeys(COLUMNS, "") | described(args, case) | {"step_ms": "out of memory"}

@@ -40,6 +40,11 @@ def describe_os_error(err: OSError, fallback: str = "the output") -> str | None:
     return f"cannot write {where}: {os.strerror(err.errno)}; free space there or choose another output folder"
 
 
+def describe_memory_error(err: RuntimeError) -> str:
+    """What torch's `OutOfMemoryError` says, in one line and without its advice on the allocator's settings."""
+    return " ".join(str(err).partition(" If reserved")[0].split())
+
+
 def write_whole_lines() -> None:
     """Let a line leave in one write, so that processes on one terminal or pipe never mix theirs.
 

@@ -105,6 +105,8 @@ def check(args: argparse.Namespace, world_size: int, *, on_gpu: bool) -> None:
     _check_names(args)
     _check_recompute(args)
     _check_cuda_graph(args, on_gpu=on_gpu)
+    if "mcore" in args.trainers and not on_gpu:
+        raise UserError("--trainers mcore: megatron-core's distributed optimizer needs a GPU; use deepspeed")
     if args.async_tensor_parallel and args.tensor_model_parallel_size == 1:
         raise UserError(
             "--async-tensor-parallel with --tensor-model-parallel-size 1: there is nothing to overlap; use a size "

@@ -23,7 +23,7 @@ from training_benchmark.table import attention_settings, origin, write_csv
 from training_benchmark.trace import places_of_waits, profile_step
 from training_benchmark.trainers import build_trainer
 
-from sparsek_megatron.errors import UserError
+from sparsek_megatron.errors import UserError, describe_memory_error
 from sparsek_megatron.files import require_writable_folder
 from sparsek_megatron.training import parallel
 from sparsek_megatron.training.flops import peak_tflops
@@ -138,8 +138,8 @@ class Benchmark:
                 row = ranks.agree(row, self.machine)
                 reject_without_loss(row)
             except torch.cuda.OutOfMemoryError as error:
-                what = str(error).partition(" If reserved")[0]  # behind it: advice on the allocator's settings
-                print(f"{case}: rank {self.machine.rank}: {what}", file=sys.stderr, flush=True)
+                said = describe_memory_error(error)
+                print(f"{case}: rank {self.machine.rank}: {said}", file=sys.stderr, flush=True)
                 if self.machine.world_size > 1:
                     ranks.end_launch(self.machine, lambda case=case, row=row: self.tell_the_end(case, row))
                 row.error = "out of memory"

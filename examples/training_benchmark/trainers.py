@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.profiler import record_function
 from training_benchmark.graph import Replay
 
-from sparsek_megatron.errors import UserError
 from sparsek_megatron.gradient_clipping import use_foreach_clipping
 from sparsek_megatron.training.arguments import TrainingConfig
 from sparsek_megatron.training.engine import build_engine
@@ -55,10 +54,6 @@ class MegatronTrainer:
     """megatron-core's DDP and distributed optimizer, gradients summed in fp32; `gradients` can be captured."""
 
     def __init__(self, config: TrainingConfig, model: Any, machine: Machine) -> None:
-        if not machine.on_gpu:
-            raise UserError(
-                "--trainers mcore: megatron-core's distributed optimizer needs a GPU; use deepspeed"
-            )
         use_foreach_clipping()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

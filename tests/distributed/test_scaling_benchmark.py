@@ -36,7 +36,7 @@ def torchrun(program: Path, flags: str) -> subprocess.CompletedProcess[str]:
         "--standalone",
         "--nproc-per-node=2",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(
         [*command, str(program), *flags.split()], env=environment, capture_output=True, text=True, timeout=400
     )
@@ -136,11 +136,11 @@ def test_a_folder_that_takes_no_rows_ends_in_one_line(
 
 
 def test_alone_a_case_that_does_not_fit_is_a_row_and_the_next_one_follows(
-    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(args, case, device):
         if case.tokens == 1024:
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB. If reserved is large try this.")
         return dict.fromkeys(program.COLUMNS, "1") | program.described(args, case)
 
     groups = SimpleNamespace(initialize_model_parallel=lambda **_: None, destroy_model_parallel=lambda: None)
@@ -152,6 +152,8 @@ def test_alone_a_case_that_does_not_fit_is_a_row_and_the_next_one_follows(
     rows = program.read_rows(tmp_path / "results.csv", "--out")
     assert [(row["tokens"], row["step_ms"]) for row in rows] == [("1024", "out of memory"), ("512", "1")]
     assert {row["layers"] for row in rows} == {"2"}
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert said == "sparsek, TP=1 CP=1, 1,024 tokens: rank 0: CUDA out of memory. Tried to allocate 6 GiB."
 
 
 def test_out_of_memory_on_one_rank_ends_the_launch(tmp_path: Path) -> None:

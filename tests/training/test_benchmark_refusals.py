@@ -58,7 +58,8 @@ MISTAKES = [
     ),
     ("--async-tensor-parallel", "--async-tensor-parallel with --tensor-model-parallel-size 1: there is nothing"),
     ("--context-parallel-size 0", "--context-parallel-size 0: must be at least 1"),
-    ("--trainers mcore --out FILE", "FILE: cannot write there"),
+    ("--trainers deepspeed mcore", "--trainers mcore: megatron-core's distributed optimizer needs a GPU; use"),
+    ("--out FILE", "FILE: cannot write there"),
     ("--plot FILE", "FILE: has no column shape; give a training.csv"),
     ("--plot nowhere.csv", "--plot nowhere.csv: cannot be read"),
 ]
