@@ -52,11 +52,15 @@ class Prepared:
         return [*model.split(), *data, "--save", str(save)]
 
 
+# On CPU nothing is compiled. megatron-core's decorators would still load torch's compiler: 2 s of each process.
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+
+
 def environment(*, gpu: bool = False) -> dict[str, str]:
     """The environment of a started program: one thread each, no launcher's variables, and no GPU unless asked."""
     left_out = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    return kept | {"OMP_NUM_THREADS": "1"} | ({} if gpu else ON_CPU)
 
 
 def start(script: str, *arguments: str, **options) -> subprocess.Popen:
