@@ -147,7 +147,7 @@ for case in (amid_signals, by_an_exception_with_a_signal_pending):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
         left = "processes"
-    print(f"ended {case.__name__}: {code}, {left} left")
+    print(f"ended {case.__name__}: {code}, {left} left", flush=True)  # the next fork must not take it along
 """
 
 
