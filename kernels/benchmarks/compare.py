@@ -150,7 +150,7 @@ def unpacked(revision: str, folder: Path) -> Path:
     git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=f"{revision}: no such revision")
     packed = git("archive", "--format=tar", revision, wrong=f"cannot read the files of {revision}")
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        # Python 3.11.0 to 3.11.3 know neither extractall's filter nor this attribute's meaning; they extract as they are.
+        # Not extractall's `filter`, which Python 3.11.0 to 3.11.3 refuse; this attribute they ignore.
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(folder)
     return folder
