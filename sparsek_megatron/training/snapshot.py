@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sparsek_megatron.memory.pinned import pinned_empty
+
 
 class Snapshotter:
     """Takes snapshots of nested dictionaries, lists and tuples of tensors; holds the buffers of the last ones.
@@ -51,7 +53,8 @@ class Snapshotter:
     def _copy(self, key: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+            on_gpu = self._stream is not None
+            buffer = (pinned_empty if on_gpu else torch.empty)(tensor.shape, dtype=tensor.dtype)
             self._buffers[key] = buffer
         if tensor.is_cuda:
             self._sources.append(tensor)  # its memory must not be reused before it has been copied
