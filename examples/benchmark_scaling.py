@@ -55,7 +55,7 @@ def start() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl")  # without device_id, as the trainer: a group connects when it is used
         return device
     from sparsek_megatron.cpu import enable_cpu
 
@@ -77,7 +77,7 @@ def elapsed(step: Callable[[], None], device: torch.device, repeats: int) -> flo
         return statistics.median(times)
     times = []
     for _ in range(repeats):
-        dist.barrier()
+        dist.barrier(device_ids=[device.index])
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()

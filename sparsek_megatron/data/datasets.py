@@ -142,7 +142,7 @@ def _require_tokens_in_each_part(paths: DataPaths, sequence_length: int) -> None
                 raise UserError(
                     f"--split {paths.split}: the {part.name} part of {prefix} has {max(0, last - first):,} of its "
                     f"{len(lengths):,} documents and {tokens:,} tokens, and needs {least:,}; give more documents, "
-                    "another --split, or separate --train-data-path and --valid-data-path"
+                    "another --split (100: all trains), or separate --train-data-path and --valid-data-path"
                 )
 
 

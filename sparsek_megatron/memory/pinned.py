@@ -2,10 +2,10 @@
 """Pinned host memory of the size asked for."""
 
 import contextlib
+import functools
 import math
 import mmap
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,18 @@ from torch import Tensor
 SMALL = 1 << 21  # bytes, a huge page; below, torch's own allocator serves
 
 
+class _Pages(mmap.mmap):
+    """Memory that CUDA forgets before it is unmapped."""
+
+    unregister: Callable[[], Any] | None = None
+
+    def __del__(self) -> None:
+        if self.unregister is not None:
+            self.unregister()
+
+
 def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in pinned host memory, given back with the last reference to it.
+    """An uninitialised tensor in pinned host memory, which is given back with the last tensor that lies in it.
 
     torch's `pin_memory=True` takes the next power of two and keeps it: 16 GiB where 12 are asked for, in 7.0 s. These
     take 12, in 2 (`examples/benchmark_trainer.md`). A forked process does not have them.
@@ -27,7 +37,7 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < SMALL:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     try:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_DONTFORK)  # else this process's next write could move to a page that is not pinned
     except OSError as err:
         raise RuntimeError(f"{size / 2**30:.1f} GiB of host memory could not be had: {err.strerror}") from None
@@ -35,6 +45,7 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         pages.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
     runtime: Any = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(tensor.data_ptr(), size, 0)))
-    weakref.finalize(tensor, runtime.cudaHostUnregister, tensor.data_ptr()).atexit = False
+    address = tensor.data_ptr()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+    pages.unregister = functools.partial(runtime.cudaHostUnregister, address)
     return tensor

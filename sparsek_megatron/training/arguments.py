@@ -124,7 +124,9 @@ class TrainingConfig:
     # Validation, logging, checkpoints
     eval_interval: int = _setting(100, "steps between validations")
     eval_iters: int = _setting(
-        10, "global batches of one validation, the same ones each time; 0 for none, which needs no validation data"
+        10,
+        "global batches of one validation, the same ones each time; 0 for none, which needs no validation data "
+        "(the valid part of --split does not train all the same)",
     )
     log_interval: int = _setting(10, "steps between log lines, and between looks at the selection")
     peak_tflops: float | None = _setting(

@@ -37,7 +37,6 @@ TRAJECTORY = (
     "lr_decay_iters", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps",
     "sparsek_lr_mult", "seed", "data_path", "train_data_path", "split",
 )  # fmt: skip
-VALIDATION = ("valid_data_path", "eval_iters")
 DERIVED = {
     "mlp_width": "--ffn-hidden-size", "query_groups": "--num-query-groups", "head_dim": "--kv-channels"
 }  # fmt: skip
@@ -229,8 +228,12 @@ def _require_same_vocabulary(config: TrainingConfig, saved: dict[str, Any], voca
 def changed_settings(config: TrainingConfig, step: int) -> list[str]:
     """Lines about settings that differ from the checkpoint's and change the rest of the run's curves."""
     saved = read_run(config.load or "", step)["settings"]
-    consequences = dict.fromkeys(TRAJECTORY, "the run continues on another trajectory")
-    consequences |= dict.fromkeys(VALIDATION, "validation losses from here on are those of other data")
+    consequences: dict[str, str] = dict.fromkeys(TRAJECTORY, "the run continues on another trajectory")
+    if config.eval_iters and saved["eval_iters"]:
+        other = "validation losses from here on are those of other data"
+        consequences |= {"valid_data_path": other, "eval_iters": other}
+    else:
+        consequences["eval_iters"] = "nothing is validated from here on" if saved["eval_iters"] else "validation begins"
     lines = []
     for name, consequence in consequences.items():
         here = getattr(config, name)

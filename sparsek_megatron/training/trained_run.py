@@ -42,7 +42,8 @@ class TrainedRun:
         else 1.
 
         Raises:
-            UserError: the run's heads or vocabulary do not divide by it, or another number of processes was launched.
+            UserError: the run's heads, MLP width or vocabulary do not divide by it, or another number of processes was
+                launched.
         """
         saved = self.settings["tensor_model_parallel_size"]
         launched = world_size_of_environment() if is_launched() else None
@@ -55,6 +56,7 @@ class TrainedRun:
             raise UserError(f"--tensor-model-parallel-size {size}: must be at least 1")
         counts = {
             "attention heads": self.settings["num_attention_heads"], "query groups": self.settings["query_groups"],
+            "MLP width": self.settings["mlp_width"],
             "padded vocabulary": self.settings["make_vocab_size_divisible_by"] * saved,
         }  # fmt: skip
         for what, count in counts.items():

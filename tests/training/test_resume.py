@@ -292,6 +292,9 @@ def test_settings_that_change_the_curves_are_named_on_resuming(prepared, uninter
         assert line.startswith(f"note: {flag} was ") and f"now {value}: the run continues on another" in line
     (line,) = changed_settings(parse([*same, "--valid-data-path", prepared.train])[0], 8)
     assert line.startswith("note: --valid-data-path was ") and "validation losses from here on" in line
+    no_validation = [*same, "--valid-data-path", prepared.train, "--eval-iters", "0"]
+    (line,) = changed_settings(parse(no_validation)[0], 8)
+    assert line == "note: --eval-iters was 2, now 0: nothing is validated from here on"
 
 
 def test_data_that_changed_is_named_on_resuming_until_the_next_checkpoint(prepared, tmp_path):
