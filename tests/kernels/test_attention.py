@@ -189,6 +189,8 @@ interpreted = pytest.mark.skipif(
         # Groups in two parts: three heads of one refresh point a tile, six of several.
         (150, 6, 2, 64, 16, 20, 64, 40, "key_value"),
         (150, 6, 1, 64, 8, 20, 8, 40, "value"),
+        # A part whose tiles have one refresh point each, and one whose tiles do not.
+        (150, 3, 1, 64, 8, 20, 72, 24, "key_value"),
     ],
 )
 def test_interpreted_kernels(short_segments, n, hq, hkv, d, topk, window, stride, pool, gate):

@@ -22,7 +22,7 @@ from sparsek_megatron.training.model import build_model
 from sparsek_megatron.training.reshard import cut_shard
 from sparsek_megatron.training.sampling import generate
 from sparsek_megatron.training.text_stream import TextStream
-from sparsek_megatron.training.trained_run import generation_config, newest_with_weights, open_run
+from sparsek_megatron.training.trained_run import TrainedRun, generation_config, newest_with_weights, open_run
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,15 @@ def test_damaged_weights_are_passed_over_and_named(checkpoint, tmp_path, capsys,
             assert said.count("\n") == 1 and f"{name}: mp_rank_01_model_states.pt is damaged" in said
     said = refused(generate_program, ["--load", str(folder), "--prompt", "a"], "generate.py")
     assert "no checkpoint there is intact" in said and "step_00000006" in said and "step_00000003" in said
+
+
+def test_a_size_that_the_mlp_does_not_divide_by_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = {"tensor_model_parallel_size": 1, "num_attention_heads": 8, "query_groups": 8, "mlp_width": 100}
+    run = TrainedRun(tmp_path, 1, settings | {"make_vocab_size_divisible_by": 128}, tokenizer=None)
+    assert run.tensor_parallel_size(4) == 4
+    with pytest.raises(UserError, match=r"--tensor-model-parallel-size 8: .* the model's MLP width \(100\)"):
+        run.tensor_parallel_size(8)
 
 
 @pytest.mark.parametrize(
