@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 RANKS = 4
@@ -91,6 +92,8 @@ def launched_on_eight(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 @pytest.fixture(scope="session")
 def launch_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launched]:
     """Runs cases over NCCL: (ranks, module of the cases, a pattern of their names, changes to the environment)."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
 
     def launch_cases(ranks: int, module: str, cases: str, **changes: str) -> Launched:
         folder = tmp_path_factory.mktemp("gpus")

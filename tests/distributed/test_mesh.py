@@ -131,6 +131,4 @@ def test_every_case_on_gpus_is_checked(launched, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", list(GPU_TOLERANCE))
 def test_gpus(launch_on_gpus, dtype: str) -> None:
     ranks = 4 if torch.cuda.device_count() >= 4 else 2
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     check_gpus(launch_on_gpus(ranks, LAUNCHED, "^mesh_", MESH_DTYPE=dtype), ranks, dtype)

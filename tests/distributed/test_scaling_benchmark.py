@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from programs import environment
 
 from sparsek_megatron.errors import UserError
 from sparsek_megatron.planning.calibration import measurements
@@ -36,9 +36,8 @@ def torchrun(program: Path, flags: str) -> subprocess.CompletedProcess[str]:
         "--standalone",
         "--nproc-per-node=2",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(
-        [*command, str(program), *flags.split()], env=environment, capture_output=True, text=True, timeout=400
+        [*command, str(program), *flags.split()], env=environment(), capture_output=True, text=True, timeout=400
     )
 
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from corpus import prepare_corpus
 from lives import Campaign, Violation

@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prepared corpus and the ways to start a program, shared with tests/training."""
-
-import sys
-from pathlib import Path
+"""The prepared corpus, as tests of training have it."""
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
 from corpus import prepare_corpus
 
 

@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from programs import REPOSITORY, environment
+
+EXAMPLES = REPOSITORY / "examples"
 
 
 def test_minimal_layer_runs_on_cpu_and_stays_minimal() -> None:
     script = EXAMPLES / "minimal_layer.py"
     assert len(script.read_text().splitlines()) <= 30
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=200,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import REPOSITORY, environment
 from sparsek_kernels import sparsek
 
 from sparsek_megatron import SparseKConfig
@@ -22,7 +22,6 @@ from sparsek_megatron.inspect.page import render
 from sparsek_megatron.inspect.plot import draw
 from sparsek_megatron.training.manifest import record_of, write_manifest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = SparseKConfig(topk=6, window=7, stride=4, pool=15)
 LENGTH = 150
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -137,13 +136,6 @@ def test_a_browser_highlights_what_the_last_or_another_query_attends_to(
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", dom), "nothing is loaded from elsewhere"
 
 
-def alone() -> dict[str, str]:
-    """The environment of a program on CPU that no launcher started."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint of a few steps on this repository's own sources."""
@@ -151,7 +143,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def start(script: str, *arguments: str) -> None:
         command = [sys.executable, str(REPOSITORY / "examples" / script), *arguments]
-        done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 
     start(
@@ -180,7 +172,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sparsek_megatron.inspect", *arguments]
-    return subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
 
 
 def test_a_trained_checkpoint_gives_a_page_a_picture_and_numbers(run: Path, tmp_path: Path) -> None:

@@ -37,10 +37,9 @@ def runtime(monkeypatch):
 
     def check(result):
         if result:
-            raise torch.cuda.CudaError(result)
+            raise RuntimeError(f"CUDA's error {result}")
 
     monkeypatch.setattr(torch.cuda, "check_error", check)
-    monkeypatch.setattr(torch.cuda, "CudaError", lambda code: RuntimeError(f"CUDA's error {code}"))
     return fake
 
 
