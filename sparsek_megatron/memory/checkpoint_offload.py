@@ -11,14 +11,12 @@ The first layers and not the last: backward starts with the last, whose inputs w
 
 Memory on the GPU is bounded: a layer's input leaves once the copy of the one before it is done, so at most
 two are under way in either direction. The host waits for nothing; streams wait for each other.
-
-torch rounds each pinned block up to a power of two (6 GiB would take 8), so a hidden state lies in pieces.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +24,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-PIECE_BYTES = 1 << 28
+from sparsek_megatron.memory.pinned import pinned_empty
 
 
 @dataclass(eq=False)
 class _Saved:
-    """One offloaded hidden state: `host` holds its pieces, `device` all of it again once its way back has begun."""
+    """One offloaded hidden state, and `device` holding it again once its way back has begun."""
 
-    host: list[Tensor]
-    shape: torch.Size
+    host: Tensor
     before: _Saved | None  # the one saved before it, which backward needs next
     device: Tensor | None = None
     done: Any = None
@@ -46,7 +43,7 @@ class CheckpointOffload:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.stream: torch.cuda.Stream | None = None
-        self.free: dict[tuple[torch.Size, torch.dtype], list[list[Tensor]]] = {}
+        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self.offloaded = 0  # in this forward pass
         self.last: _Saved | None = None
         self.leaving: deque[tuple[Tensor, Any]] = deque()
@@ -72,16 +69,16 @@ class CheckpointOffload:
     def take(self, tensor: Tensor) -> _Saved:
         """Start the copy to the CPU; keeps the tensor alive until the copy is done."""
         tensor = tensor.detach().contiguous()
-        saved = _Saved(self._host_buffer(tensor), tensor.shape, self.last)
+        saved = _Saved(self._host_buffer(tensor), self.last)
         self.last = saved
         self.offloaded += 1
         if not tensor.is_cuda:
-            _copy(_pieces(tensor), saved.host)
+            saved.host.copy_(tensor)
             return saved
         stream = self._copy_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            _copy(_pieces(tensor), saved.host)
+            saved.host.copy_(tensor, non_blocking=True)
         self.leaving.append((tensor, stream.record_event()))
         if len(self.leaving) > 1:
             self._wait_for_oldest()
@@ -95,7 +92,7 @@ class CheckpointOffload:
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
         saved.device = None
-        self.free[saved.shape, device.dtype].append(saved.host)
+        self.free[device.shape, device.dtype].append(saved.host)
         if saved.before is not None:
             self._start_return(saved.before)
         return device
@@ -104,14 +101,14 @@ class CheckpointOffload:
         if saved.device is not None:
             return
         stream = self.stream
-        device = torch.empty(saved.shape, dtype=saved.host[0].dtype, device="cuda" if stream else "cpu")
+        device = torch.empty_like(saved.host, device="cuda" if stream else "cpu")
         saved.device = device
         if stream is None:
-            _copy(saved.host, _pieces(device))
+            device.copy_(saved.host)
             return
         stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            _copy(saved.host, _pieces(device))
+            device.copy_(saved.host, non_blocking=True)
         saved.done = stream.record_event()
 
     def _wait_for_oldest(self) -> None:
@@ -126,22 +123,12 @@ class CheckpointOffload:
             self.stream = torch.cuda.Stream()
         return self.stream
 
-    def _host_buffer(self, tensor: Tensor) -> list[Tensor]:
-        """Pinned pieces, used again in each step: pinning memory takes longer than the copy."""
+    def _host_buffer(self, tensor: Tensor) -> Tensor:
+        """Pinned memory, used again in each step: pinning it takes longer than the copy."""
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         if free:
             return free.pop()
-        return [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for x in _pieces(tensor)]
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of a contiguous tensor's elements, PIECE_BYTES each but for the last."""
-    return tensor.view(-1).split(PIECE_BYTES // tensor.element_size())
-
-
-def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
+        return (pinned_empty if tensor.is_cuda else torch.empty)(tensor.shape, dtype=tensor.dtype)
 
 
 def use_checkpoint_offload(model: Any, *, num_layers: int) -> Any:
