@@ -27,6 +27,7 @@ from torch import Tensor
 from sparsek_megatron import compat, refuse
 from sparsek_megatron.config import SparseKConfig
 from sparsek_megatron.context_parallel import check_first_layer
+from sparsek_megatron.core_attention import apart_from_projection
 from sparsek_megatron.diagnostics import pool_overflow
 from sparsek_megatron.environment import resolve_settings
 from sparsek_megatron.inference import CachedScores, cache_rows, new_positions, rotary_at
@@ -260,4 +261,5 @@ class SparseKSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
             )
 
+        key, value = apart_from_projection(query, key, value)
         return tensor_parallel.checkpoint(core, False, query, key, value, attention_bias)

@@ -25,6 +25,19 @@ from sparsek_megatron.inference import CachedScores, attend_cached
 from sparsek_megatron.packing import packed_boundaries
 
 
+def apart_from_projection(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(key, value), copied where backward would keep all of the QKV projection for them.
+
+    They are views of it, or values alone where RoPE turned the keys; queries, most of it, are elsewhere by then.
+    """
+    storage = value.untyped_storage()
+    alone = storage.nbytes() == value.nbytes or storage.data_ptr() == query.untyped_storage().data_ptr()
+    if alone or not value.requires_grad:
+        return key, value
+    shared = key.untyped_storage().data_ptr() == storage.data_ptr()
+    return (key.contiguous() if shared else key), value.contiguous()
+
+
 class SparseKCoreAttention(MegatronModule):
     """Causal SparseK attention over the heads of this tensor-parallel rank; no parameters.
 
@@ -92,6 +105,7 @@ class SparseKCoreAttention(MegatronModule):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         else:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        key, value = apart_from_projection(query, key, value)
         settings = self.sparsek
         options: dict[str, Any] = {
             "topk": settings.topk,

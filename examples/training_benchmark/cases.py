@@ -63,8 +63,8 @@ def options(args: argparse.Namespace) -> Options:
     return Options(
         recompute=args.recompute_granularity, recompute_layers=args.recompute_num_layers,
         fusions=not args.no_fusions, apply_rope_fusion=args.apply_rope_fusion, chunked_loss=not args.whole_logits,
-        cpu_offloading_num_layers=args.cpu_offloading_num_layers, mlp_tile_tokens=args.mlp_tile_tokens,
-        async_tensor_parallel=args.async_tensor_parallel,
+        cpu_offloading_num_layers=args.cpu_offloading_num_layers, recompute_inputs=args.recompute_inputs,
+        mlp_tile_tokens=args.mlp_tile_tokens, async_tensor_parallel=args.async_tensor_parallel,
         cuda_graph=args.cuda_graph,
     )  # fmt: skip
 

@@ -47,6 +47,10 @@ def build_parser(description: str) -> FlagParser:
         "--cpu-offloading-num-layers", type=int, default=0, metavar="N",
         help="keep the recompute checkpoints of the first N layers in pinned CPU memory",
     )  # fmt: skip
+    parser.add_argument(
+        "--recompute-inputs", type=int, default=0, metavar="N",
+        help="of these layers, N keep no checkpoint: the layer before computes it again",
+    )  # fmt: skip
     parser.add_argument("--mlp-tile-tokens", type=int, help="compute MLPs in tiles of this many tokens")
     parser.add_argument(
         "--no-fusions", action="store_true", help="without megatron-core's fused activation and residual"

@@ -35,6 +35,7 @@ class Options:
     apply_rope_fusion: bool = False
     chunked_loss: bool = True
     cpu_offloading_num_layers: int = 0
+    recompute_inputs: int = 0
     mlp_tile_tokens: int | None = None
     async_tensor_parallel: bool = False
     cuda_graph: bool = False
@@ -46,6 +47,7 @@ class Options:
         words += ["fused RoPE"] if self.apply_rope_fusion else []
         words += [] if self.chunked_loss else ["whole logits"]
         words += [f"offload {self.cpu_offloading_num_layers}"] if self.cpu_offloading_num_layers else []
+        words += [f"{self.recompute_inputs} inputs recomputed"] if self.recompute_inputs else []
         words += [f"MLP tiles {self.mlp_tile_tokens}"] if self.mlp_tile_tokens is not None else []
         words += ["async TP"] if self.async_tensor_parallel else []
         words += ["CUDA graph"] if self.cuda_graph else []
@@ -81,6 +83,7 @@ def training_config(
         recompute_method="uniform" if options.recompute_layers is None else "block",
         recompute_num_layers=1 if options.recompute_layers is None else options.recompute_layers,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
+        recompute_inputs=options.recompute_inputs,
         mlp_tile_tokens=options.mlp_tile_tokens,
         zero_stage=1,
         lr=1e-4,
@@ -115,7 +118,8 @@ def build(
     if options.chunked_loss:
         use_chunked_loss(model)
     if options.cpu_offloading_num_layers:
-        use_checkpoint_offload(model, num_layers=options.cpu_offloading_num_layers)
+        offloaded, recomputed = options.cpu_offloading_num_layers, options.recompute_inputs
+        use_checkpoint_offload(model, num_layers=offloaded, recompute_inputs=recomputed)
     if options.mlp_tile_tokens is not None:
         use_tiled_mlp(model, tile_tokens=options.mlp_tile_tokens)
     if config.async_tensor_parallel:

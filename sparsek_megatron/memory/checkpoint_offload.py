@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer inputs saved by full recompute, kept in pinned CPU memory until backward needs them.
+"""Layer inputs saved by full recompute, kept in pinned CPU memory until backward needs them, or not kept at all.
 
 With `--recompute-granularity full` Megatron saves one hidden state per layer: s / tp * b * h elements, 4 GiB
 at 1M tokens and h = 2,048 in bf16. Here the first `num_layers` of them leave the GPU in forward and come
@@ -9,8 +9,11 @@ recompute does not save.)
 
 The first layers and not the last: backward starts with the last, whose inputs would have to return at once.
 
+Where CPU memory is short too, every second of the first inputs is computed again from the one before it.
+
 Memory on the GPU is bounded: a layer's input leaves once the copy of the one before it is done, so at most
-two are under way in either direction. The host waits for nothing; streams wait for each other.
+two are under way. The next one comes back when a layer's backward is through its MLP, which holds most memory.
+The host waits for nothing; streams wait for each other.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparsek_megatron.memory.pinned import pinned_empty
+from sparsek_megatron.memory.recomputation import checkpoints_of_one_layer
 
 
 @dataclass(eq=False)
@@ -37,41 +41,69 @@ class _Saved:
     done: Any = None
 
 
-class CheckpointOffload:
-    """Hooks that take one model's saved layer inputs to the CPU; a context for each forward pass."""
+@dataclass(eq=False)
+class _Dropped:
+    """A hidden state that is not kept: `layer` computes it from the one before."""
 
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
+    layer: Callable[[Tensor], Tensor]
+    before: _Saved
+
+
+class CheckpointOffload:
+    """Hooks that take one model's saved layer inputs to the CPU; a context for each forward pass.
+
+    num_layers: inputs that leave the GPU. dropped: of these, how many are computed again, the second, fourth, ...
+    """
+
+    def __init__(self, num_layers: int, *, dropped: int = 0) -> None:
+        self.num_layers, self.dropped = num_layers, dropped
         self.stream: torch.cuda.Stream | None = None
         self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self.offloaded = 0  # in this forward pass
+        self.in_forward = False
+        self.inputs = 0  # in this forward pass
+        self.calls: list[Callable[[Tensor], Tensor]] = []  # of layers in this forward pass
         self.last: _Saved | None = None
+        self.next: _Saved | None = None  # that backward will ask for
         self.leaving: deque[tuple[Tensor, Any]] = deque()
+
+    def watch(self, layer: torch.nn.Module) -> None:
+        """Have backward through this layer fetch the next input, once it is through the layer's MLP."""
+        if self.dropped:
+            layer.register_forward_pre_hook(self._note_call, with_kwargs=True)
+        getattr(layer, "self_attention", layer).register_forward_hook(self._fetch_in_backward)
 
     def forward(self, run: Callable[[], Any], like: Tensor) -> Any:
         """`run()` with the hooks on: what it saves in the shape and dtype of `like` are its layers' inputs."""
         shape, dtype = like.shape, like.dtype
-        self.offloaded, self.last = 0, None
+        self.inputs, self.last, self.in_forward = 0, None, True
 
-        def pack(tensor: Tensor) -> Tensor | _Saved:
+        def pack(tensor: Tensor) -> Tensor | _Saved | _Dropped:
             is_input = tensor.shape == shape and tensor.dtype == dtype
-            return self.take(tensor) if is_input and self.offloaded < self.num_layers else tensor
+            return self.take(tensor) if is_input and self.inputs < self.num_layers else tensor
 
-        def unpack(saved: Tensor | _Saved) -> Tensor:
+        def unpack(saved: Tensor | _Saved | _Dropped) -> Tensor:
             return saved if isinstance(saved, Tensor) else self.bring_back(saved)
 
-        with saved_tensors_hooks(pack, unpack):
-            out = run()
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                out = run()
+        finally:
+            self.in_forward = False
+            self.calls.clear()
         while self.leaving:
             self._wait_for_oldest()
         return out
 
-    def take(self, tensor: Tensor) -> _Saved:
+    def take(self, tensor: Tensor) -> _Saved | _Dropped:
         """Start the copy to the CPU; keeps the tensor alive until the copy is done."""
+        index = self.inputs
+        self.inputs += 1
+        if index % 2 and index < 2 * self.dropped:
+            assert self.last is not None
+            return _Dropped(self.calls[index - 1], self.last)
         tensor = tensor.detach().contiguous()
         saved = _Saved(self._host_buffer(tensor), self.last)
         self.last = saved
-        self.offloaded += 1
         if not tensor.is_cuda:
             saved.host.copy_(tensor)
             return saved
@@ -84,21 +116,42 @@ class CheckpointOffload:
             self._wait_for_oldest()
         return saved
 
-    def bring_back(self, saved: _Saved) -> Tensor:
-        """The tensor on its device again; starts the way back of the one that backward needs next."""
-        self._start_return(saved)
-        device, done = saved.device, saved.done
-        assert device is not None
-        if done is not None:
-            torch.cuda.current_stream().wait_event(done)
-        saved.device = None
+    def bring_back(self, saved: _Saved | _Dropped) -> Tensor:
+        """The tensor on its device again."""
+        if isinstance(saved, _Dropped):
+            self.next = saved.before  # its own layer's backward fetches it a second time: it would take room till then
+            with torch.no_grad():
+                return saved.layer(self._returned(saved.before))
+        self.next = saved.before
+        device = self._returned(saved)
         self.free[device.shape, device.dtype].append(saved.host)
-        if saved.before is not None:
-            self._start_return(saved.before)
         return device
 
-    def _start_return(self, saved: _Saved) -> None:
-        if saved.device is not None:
+    def _note_call(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Remember how this pass calls a layer whose activations are not kept."""
+        if not self.in_forward or torch.is_grad_enabled():
+            return
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        def again(hidden_states: Tensor) -> Tensor:
+            return _first(layer(hidden_states, *args[1:], **rest))
+
+        self.calls.append(again)
+
+    def _fetch_in_backward(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and _first(output).requires_grad:
+            _first(output).register_hook(lambda _: self._start_return(self.next))
+
+    def _returned(self, saved: _Saved) -> Tensor:
+        self._start_return(saved)
+        device, saved.device = saved.device, None
+        assert device is not None
+        if saved.done is not None:
+            torch.cuda.current_stream().wait_event(saved.done)
+        return device
+
+    def _start_return(self, saved: _Saved | None) -> None:
+        if saved is None or saved.device is not None:
             return
         stream = self.stream
         device = torch.empty_like(saved.host, device="cuda" if stream else "cpu")
@@ -131,15 +184,23 @@ class CheckpointOffload:
         return (pinned_empty if tensor.is_cuda else torch.empty)(tensor.shape, dtype=tensor.dtype)
 
 
-def use_checkpoint_offload(model: Any, *, num_layers: int) -> Any:
+def _first(output: Any) -> Tensor:
+    """A module's tensor, of those that return more."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def use_checkpoint_offload(model: Any, *, num_layers: int, recompute_inputs: int = 0) -> Any:
     """Keep the recompute checkpoints of a model's first `num_layers` layers in pinned CPU memory; returns
     the model.
 
     model: a megatron-core model with a `decoder` and `recompute_granularity="full"`, before it is wrapped.
-    Results do not change by a bit. CPU memory: s / tp * b * h elements per layer and micro batch under way.
+    Results do not change by a bit. CPU memory: s / tp * b * h elements per layer and micro batch under way, but
+    for `recompute_inputs` of these layers (the second, the fourth, ...): their inputs are not kept, and computed
+    again from the layer before, one more forward of that layer each.
     On CPU tensors the copies are plain ones.
 
-    Raises NotImplementedError without full recompute, ValueError where there are not that many layers.
+    Raises NotImplementedError without full recompute, and for recomputed inputs where layers draw random numbers,
+    compute in fp8 or fp4 or share a checkpoint; ValueError where there are not that many layers.
     """
     config = model.config
     if config.recompute_granularity != "full":
@@ -152,8 +213,12 @@ def use_checkpoint_offload(model: Any, *, num_layers: int) -> Any:
         raise ValueError(
             f"--cpu-offloading-num-layers {num_layers}: must be between 0 and the {here} layers here"
         )
+    if recompute_inputs:
+        _check_recomputed_inputs(config, num_layers, recompute_inputs)
     if num_layers:
-        offload, run = CheckpointOffload(num_layers), model.decoder.forward
+        offload, run = CheckpointOffload(num_layers, dropped=recompute_inputs), model.decoder.forward
+        for layer in model.decoder.layers:
+            offload.watch(layer)
 
         def forward(hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
             # A later pipeline stage gets its input through `set_input_tensor`.
@@ -164,3 +229,22 @@ def use_checkpoint_offload(model: Any, *, num_layers: int) -> Any:
 
         model.decoder.forward = forward
     return model
+
+
+def _check_recomputed_inputs(config: Any, num_layers: int, count: int) -> None:
+    flag = f"--recompute-inputs {count}"
+    saved = config.recompute_num_layers if config.recompute_method == "block" else num_layers
+    most = min(num_layers, saved) // 2
+    if not 0 <= count <= most:
+        raise ValueError(
+            f"{flag}: must be between 0 and {most}, half of the layers that --cpu-offloading-num-layers {num_layers} "
+            "offloads"
+        )
+    refusals = (
+        (not checkpoints_of_one_layer(config), "needs a checkpoint a layer; use --recompute-num-layers 1"),
+        (config.hidden_dropout, f"a layer is computed again, and --hidden-dropout is {config.hidden_dropout}; use 0"),
+        (config.fp8 or getattr(config, "fp4", None), "does not know the scales of fp8 and fp4; leave it out"),
+    )
+    for refused, why in refusals:
+        if refused:
+            raise NotImplementedError(f"{flag}: {why}")

@@ -6,7 +6,8 @@ at 1M tokens and f = 5,504 in bf16, whatever is recomputed around it. A token's 
 tokens, so each tile of the sequence is computed alone, and again in backward: one more forward of the MLP.
 Under full recompute of single decoder layers that forward replaces the one of the layer's recomputation, whose
 result is the layer's output and is read by nobody (what backward needs are inputs); it is skipped there, and tiles
-cost nothing. A multi-token prediction layer recomputes the norm behind its MLP too, which reads the result.
+cost nothing. Nor is the layer's output kept there. A multi-token prediction layer recomputes the norm behind its MLP
+too, which reads the result.
 
 Weight gradients are summed over tiles in fp32 and handed to autograd once, so hooks on parameters
 (Megatron's DDP, DeepSpeed) fire once. (megatron-core 0.19's `mlp_chunks_for_training` cuts the forward pass
@@ -19,10 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
+
+from sparsek_megatron.memory.recomputation import (
+    checkpoints_of_one_layer,
+    drop_recomputed_output,
+    recomputing,
+)
 
 
 class _Tiled(torch.autograd.Function):
@@ -95,13 +101,15 @@ def use_tiled_mlp(model: Any, *, tile_tokens: int) -> Any:
         if refused:
             raise NotImplementedError(f"tiled MLP: {why}, or leave --mlp-tile-tokens out")
     gathered = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    full = config.recompute_granularity == "full"
-    layers_alone = full and (config.recompute_method == "block" or config.recompute_num_layers == 1)
+    layers_alone = checkpoints_of_one_layer(config)
     predicting = [module for module in model.modules() if isinstance(module, MultiTokenPredictionLayer)]
     read_again = {module for layer in predicting for module in layer.modules()}
     for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
         unread = layers_alone and mlp not in read_again
         mlp.forward = _tiled_forward(mlp, tile_tokens // gathered, unread_when_recomputed=unread)
+    if layers_alone:
+        for layer in model.decoder.layers:
+            drop_recomputed_output(layer)
     return model
 
 
@@ -118,7 +126,7 @@ def _tiled_forward(
         rows = max(1, tile_tokens // hidden_states.shape[1])
         if rows >= hidden_states.shape[0]:
             return run(hidden_states), None
-        unread = unread_when_recomputed and is_checkpointing() and torch.is_grad_enabled()
+        unread = unread_when_recomputed and recomputing()
         out: Any = _Tiled.apply(run, rows, unread, hidden_states, *mlp.parameters())
         return out, None
 

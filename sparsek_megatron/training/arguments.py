@@ -84,6 +84,9 @@ class TrainingConfig:
     cpu_offloading_num_layers: int = _setting(
         0, "layers whose recompute checkpoint waits in pinned CPU memory; needs --recompute-granularity full"
     )
+    recompute_inputs: int = _setting(
+        0, "of these layers, how many keep no checkpoint: the layer before computes it again, one more forward"
+    )
     mlp_tile_tokens: int | None = _setting(
         None, "compute MLPs in tiles of this many tokens, again in backward; default whole", kind=int
     )

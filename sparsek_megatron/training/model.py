@@ -101,7 +101,8 @@ def save_memory(model: GPTModel, config: TrainingConfig, vocab_size: int) -> Non
     if chunk or (chunk is None and whole_logits_are_large(tokens=tokens, vocabulary=shard)):
         use_chunked_loss(model, chunk_tokens=chunk)
     if config.recompute_granularity == "full":  # generation reads a run's settings without recompute
-        use_checkpoint_offload(model, num_layers=config.cpu_offloading_num_layers)
+        offloaded, recomputed = config.cpu_offloading_num_layers, config.recompute_inputs
+        use_checkpoint_offload(model, num_layers=offloaded, recompute_inputs=recomputed)
     if config.mlp_tile_tokens is not None:
         use_tiled_mlp(model, tile_tokens=config.mlp_tile_tokens)
 

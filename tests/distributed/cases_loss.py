@@ -46,7 +46,8 @@ def run(
         if chunked:
             model = use_chunked_loss(model, chunk_tokens=chunk_tokens)
         if everything:
-            model = use_tiled_mlp(use_checkpoint_offload(model, num_layers=1), tile_tokens=24)
+            use_checkpoint_offload(model, num_layers=2, recompute_inputs=1)
+            model = use_tiled_mlp(model, tile_tokens=24)
         tokens, positions, labels = batch()
         importance = torch.linspace(0.0, 2.0, tokens.numel()).view(tokens.shape)
         losses = model(tokens, positions, None, labels=labels)

@@ -19,6 +19,7 @@ from mcore_harness import (
     tiny_config,
 )
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sparsek_megatron import (
     SparseKConfig,
@@ -38,7 +39,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 
 def gpt(**changes: Any) -> Any:
-    config = tiny_config(num_layers=3, **changes)
+    config = tiny_config(**{"num_layers": 3, **changes})
     return build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK))
 
 
@@ -51,16 +52,17 @@ def ordinary(megatron: None) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 
 
 @pytest.mark.parametrize(
-    ("recompute", "layers", "tile"),
-    [(FULL, 2, None), (FULL, 3, 24), (FULL | {"recompute_num_layers": 3}, 1, 24), (FULL | {"recompute_method": "block"},
-     2, 40), ({}, 0, 24), ({}, 0, 1000)],
+    ("recompute", "layers", "again", "tile"),
+    [(FULL, 2, 0, None), (FULL, 2, 1, None), (FULL, 3, 1, 24), (FULL | {"recompute_num_layers": 3}, 1, 0, 24),
+     (FULL | {"recompute_method": "block"}, 2, 0, 40),
+     (FULL | {"recompute_method": "block", "recompute_num_layers": 2}, 2, 1, 40), ({}, 0, 0, 24), ({}, 0, 0, 1000)],
 )  # fmt: skip
-def test_gradients_are_those_of_the_ordinary_model(ordinary, recompute, layers, tile) -> None:
+def test_gradients_are_those_of_the_ordinary_model(ordinary, recompute, layers, again, tile) -> None:
     weights, want = ordinary
     model = gpt(params_dtype=torch.float64, **recompute)
     load_full(model, weights)
     if layers:
-        use_checkpoint_offload(model, num_layers=layers)
+        use_checkpoint_offload(model, num_layers=layers, recompute_inputs=again)
     if tile:
         use_tiled_mlp(model, tile_tokens=tile)
     for _ in range(2):
@@ -104,6 +106,68 @@ def test_offload_takes_the_first_layers_inputs_and_uses_its_buffers_again(ordina
     assert first == second and len(first) == 2
 
 
+def test_every_second_of_the_first_inputs_is_computed_again_and_not_kept(ordinary, monkeypatch) -> None:
+    def gradients(**options: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model = gpt(num_layers=6, **FULL)
+        randomise(model)
+        if options:
+            use_checkpoint_offload(model, **options)
+        return loss_and_gradients(model, batch())[1]
+
+    want = gradients()
+    taken, calls = [], []
+    take, call = CheckpointOffload.take, TransformerLayer.forward
+    monkeypatch.setattr(CheckpointOffload, "take", lambda self, x: (taken.append(take(self, x)), taken[-1])[1])
+    monkeypatch.setattr(
+        TransformerLayer,
+        "forward",
+        lambda self, *args, **kwargs: (calls.append(self.layer_number), call(self, *args, **kwargs))[1],
+    )
+    got = gradients(num_layers=5, recompute_inputs=2)
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+    assert [type(x).__name__ for x in taken] == ["_Saved", "_Dropped", "_Saved", "_Dropped", "_Saved"]
+    assert calls[:6] == [1, 2, 3, 4, 5, 6]
+    assert calls[6:] == [6, 5, 3, 4, 3, 1, 2, 1]  # the input of 4 by 3, that of 2 by 1
+
+
+def test_the_next_input_returns_when_a_layers_backward_is_through_its_mlp(ordinary, monkeypatch) -> None:
+    seen: list[str] = []
+    model = use_checkpoint_offload(gpt(**FULL), num_layers=3)
+    for number, layer in enumerate(model.decoder.layers):
+
+        def through(_module: Any, inputs: Any, number: int = number) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda _: seen.append(f"MLP {number} done"))
+
+        layer.mlp.register_forward_pre_hook(through)
+    copied = torch.empty_like
+    monkeypatch.setattr(
+        "sparsek_megatron.memory.checkpoint_offload.torch.empty_like",
+        lambda x, **kwargs: (kwargs == {"device": "cpu"} and seen.append("fetched"), copied(x, **kwargs))[1],
+    )
+    loss_and_gradients(model, batch())
+    assert seen == ["fetched", "MLP 2 done", "fetched", "MLP 1 done", "fetched", "MLP 0 done"]
+
+
+def test_a_recomputed_layers_output_takes_no_memory(ordinary, monkeypatch) -> None:
+    sizes: list[int] = []
+    backward = torch.autograd.backward
+
+    def spy(outputs: Any, *args: Any, **kwargs: Any) -> None:
+        if not kwargs:  # a checkpoint's, not the loss's
+            sizes.append(outputs[0].untyped_storage().size() // outputs[0].itemsize)
+        backward(outputs, *args, **kwargs)
+
+    monkeypatch.setattr("megatron.core.tensor_parallel.random.torch.autograd.backward", spy)
+    model = gpt(**FULL)
+    loss_and_gradients(model, batch())
+    assert sizes == 3 * [batch()[0].numel() * model.config.hidden_size]
+    sizes.clear()
+    loss_and_gradients(use_tiled_mlp(model, tile_tokens=24), batch())
+    assert sizes == 3 * [1]
+
+
 def test_a_hidden_state_of_any_layout_returns_whole() -> None:
     offload = CheckpointOffload(1)
     hidden = torch.randn(5, 3, 2, dtype=torch.float64).transpose(0, 1)
@@ -111,6 +175,30 @@ def test_a_hidden_state_of_any_layout_returns_whole() -> None:
     want = hidden.clone()
     hidden.zero_()
     assert torch.equal(offload.bring_back(saved), want)
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "selective"}])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_backward_keeps_keys_and_values_without_the_projection_they_are_views_of(
+    megatron: None, positions: str, recompute: dict[str, Any]
+) -> None:
+    config = tiny_config(num_layers=1, **recompute)
+    spec = get_sparsek_layer_spec(config, sparsek=SPARSEK)
+    model = build_gpt(config, spec, position_embedding_type=positions)
+    kept: dict[int, torch.Tensor] = {}
+    projections: list[torch.Tensor] = []
+    model.decoder.layers[0].self_attention.linear_qkv.register_forward_hook(
+        lambda _module, _inputs, output: projections.append(output[0])  # alive: nothing else lies there
+    )
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens, where, labels = batch()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(tokens, where, None, labels=labels)
+    assert len(projections) == 1 and projections[0].untyped_storage().data_ptr() not in kept
 
 
 def test_tiles_bound_what_the_mlp_sees_and_recompute_runs_each_once_more(ordinary, monkeypatch) -> None:
@@ -139,6 +227,12 @@ def test_refusals_name_the_flag(megatron: None) -> None:
         use_checkpoint_offload(gpt(), num_layers=1)
     with pytest.raises(ValueError, match="--cpu-offloading-num-layers 4: must be between 0 and the 3 layers"):
         use_checkpoint_offload(gpt(**FULL), num_layers=4)
+    with pytest.raises(ValueError, match="--recompute-inputs 2: must be between 0 and 1, half of the layers"):
+        use_checkpoint_offload(gpt(**FULL), num_layers=3, recompute_inputs=2)
+    with pytest.raises(NotImplementedError, match=r"--recompute-inputs 1: .*--recompute-num-layers 1"):
+        use_checkpoint_offload(gpt(**FULL | {"recompute_num_layers": 3}), num_layers=2, recompute_inputs=1)
+    with pytest.raises(NotImplementedError, match=r"--recompute-inputs 1: .*--hidden-dropout is 0\.1; use 0"):
+        use_checkpoint_offload(gpt(**FULL, hidden_dropout=0.1), num_layers=2, recompute_inputs=1)
     with pytest.raises(ValueError, match="--mlp-tile-tokens 0"):
         use_tiled_mlp(gpt(), tile_tokens=0)
     model = gpt()

@@ -38,6 +38,10 @@ MISTAKES = [
         f"{FULL} --cpu-offloading-num-layers 3",
         "--cpu-offloading-num-layers 3: must be between 0 and --num-layers",
     ),
+    (
+        f"{FULL} --cpu-offloading-num-layers 2 --recompute-inputs 2",
+        "--recompute-inputs 2: must be between 0 and 1, half of the layers",
+    ),
     (f"{FULL} --recompute-num-layers 0", "--recompute-num-layers 0: must be between 1 and --num-layers 2"),
     (f"{FULL} --recompute-num-layers 3", "--recompute-num-layers 3: must be between 1 and --num-layers 2"),
     (

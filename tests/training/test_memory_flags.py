@@ -23,6 +23,22 @@ CONFIG = TrainingConfig(
             "--cpu-offloading-num-layers 1: .* add --recompute-granularity full",
         ),
         ({"cpu_offloading_num_layers": 3, "recompute_granularity": "full"}, "between 0 and --num-layers 2"),
+        (
+            {"cpu_offloading_num_layers": 2, "recompute_granularity": "full", "recompute_inputs": 2},
+            "--recompute-inputs 2: must be between 0 and 1, half of the layers that --cpu-offloading-num-layers 2",
+        ),
+        ({"recompute_inputs": 1}, "--recompute-inputs 1: must be between 0 and 0, half of the layers"),
+        ({"recompute_inputs": -1}, "--recompute-inputs -1: must be between 0 and 0"),
+        (
+            {"cpu_offloading_num_layers": 2, "recompute_granularity": "full", "recompute_inputs": 1}
+            | {"recompute_method": "block", "recompute_num_layers": 1},
+            "--recompute-inputs 1: must be between 0 and 0",
+        ),
+        (
+            {"cpu_offloading_num_layers": 2, "recompute_granularity": "full", "recompute_inputs": 1}
+            | {"recompute_num_layers": 2},
+            "--recompute-inputs 1: needs a checkpoint a layer, and --recompute-num-layers is 2; use 1",
+        ),
         ({"recompute_num_layers": 3}, "--recompute-num-layers 3: must be between 1 and --num-layers 2"),
         ({"num_layers": 3, "recompute_num_layers": 2}, "with --recompute-method uniform it must divide"),
         ({"mlp_tile_tokens": 0}, "--mlp-tile-tokens 0: must be at least 1"),
@@ -42,7 +58,13 @@ def test_what_cannot_work_is_refused(settings, message):
         ({"tensor_model_parallel_size": 2}, 2048, 1 << 17, []),
         ({"loss_chunk_tokens": 0}, 2048, 1 << 17, []),
         ({"loss_chunk_tokens": 7, "mlp_tile_tokens": 9}, 64, 512, ["loss 7", "mlp 9"]),
-        ({"recompute_granularity": "full", "cpu_offloading_num_layers": 2}, 64, 512, ["offload 2"]),
+        ({"recompute_granularity": "full", "cpu_offloading_num_layers": 2}, 64, 512, ["offload 2, 0"]),
+        (
+            {"recompute_granularity": "full", "cpu_offloading_num_layers": 2, "recompute_inputs": 1},
+            64,
+            512,
+            ["offload 2, 1"],
+        ),
         ({"recompute_granularity": None, "cpu_offloading_num_layers": 2}, 64, 512, []),
     ],
 )
@@ -57,7 +79,9 @@ def test_each_flag_switches_its_part_on_and_large_logits_the_chunked_loss(
     monkeypatch.setattr(
         module,
         "use_checkpoint_offload",
-        lambda _, num_layers: done.append(f"offload {num_layers}") if num_layers else None,
+        lambda _, num_layers, recompute_inputs: (
+            done.append(f"offload {num_layers}, {recompute_inputs}") if num_layers else None
+        ),
     )
     module.save_memory(None, dataclasses.replace(CONFIG, seq_length=tokens, **settings), vocabulary)  # pyright: ignore
     assert done == want
