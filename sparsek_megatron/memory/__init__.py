@@ -4,7 +4,7 @@
 Each is switched on for a built Megatron model and changes neither its parameters nor its results:
 
     use_chunked_loss(model)             the logits of a training forward exist one chunk of tokens at a time
-    use_checkpoint_offload(model, ...)  layer inputs saved by full recompute wait in pinned CPU memory
+    use_checkpoint_offload(model, ...)  layer inputs saved by full recompute wait in pinned CPU memory, or are not kept
     use_tiled_mlp(model, ...)           the MLP's inner activations exist one tile of tokens at a time
 """
 

@@ -74,6 +74,7 @@ def options(config: TrainingConfig) -> str:
             recompute_layers=layers,
             apply_rope_fusion=config.apply_rope_fusion,
             cpu_offloading_num_layers=config.cpu_offloading_num_layers,
+            recompute_inputs=config.recompute_inputs,
             mlp_tile_tokens=config.mlp_tile_tokens,
         )
     )
@@ -100,8 +101,6 @@ def test_a_recipe_gives_its_command_and_what_it_was_measured_to_take(path):
     assert "launch/torchrun.sh examples/pretrain_gpt.py" in lines
     assert f"--config examples/configs/{path.name} " in lines
     assert re.search(NUMBERS, lines)
-    # The host memory of the offloaded layers is registered by several threads, as it was where that was measured.
-    assert ("pinned_use_cuda_host_register:True" in lines) == (config.cpu_offloading_num_layers > 0)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
