@@ -28,7 +28,7 @@ from sparsek_megatron.packing import packed_boundaries
 def apart_from_projection(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """(key, value), copied where backward would keep all of the QKV projection for them.
 
-    They are views of it, or values alone where RoPE turned the keys; queries, most of it, are elsewhere by then.
+    They are views of it, or values alone where RoPE turned the keys. Where queries are one too, nothing is copied.
     """
     storage = value.untyped_storage()
     alone = storage.nbytes() == value.nbytes or storage.data_ptr() == query.untyped_storage().data_ptr()

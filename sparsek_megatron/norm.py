@@ -103,3 +103,7 @@ class QKNorm(Norm):
         self.reduce_weight_gradient = True
         for parameter in self.parameters():
             parameter.average_gradients_across_tp_domain = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Backward keeps the input, and with a view all of the QKV projection.
+        return super().forward(x.contiguous() if x.requires_grad else x)

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -35,10 +36,20 @@ from sparsek_megatron.memory.recomputation import checkpoints_of_one_layer
 class _Saved:
     """One offloaded hidden state, and `device` holding it again once its way back has begun."""
 
-    host: Tensor
+    host: Tensor | None
+    free: list[Tensor] = field(repr=False)  # where `host` goes once nobody needs it
     before: _Saved | None  # the one saved before it, which backward needs next
     device: Tensor | None = None
     done: Any = None
+
+    def release(self) -> None:
+        """Give `host` back; the next copy into it runs after those under way, on the same stream."""
+        if self.host is not None:
+            self.free.append(self.host)
+            self.host = None
+
+    def __del__(self) -> None:  # of a forward without backward
+        self.release()
 
 
 @dataclass(eq=False)
@@ -61,7 +72,8 @@ class CheckpointOffload:
         self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self.in_forward = False
         self.inputs = 0  # in this forward pass
-        self.calls: list[Callable[[Tensor], Tensor]] = []  # of layers in this forward pass
+        self.are_inputs = True  # each saved right after its own layer's call
+        self.calls: list[Callable[[Tensor], Tensor]] = []  # of checkpointed layers in this forward pass
         self.last: _Saved | None = None
         self.next: _Saved | None = None  # that backward will ask for
         self.leaving: deque[tuple[Tensor, Any]] = deque()
@@ -75,9 +87,13 @@ class CheckpointOffload:
     def forward(self, run: Callable[[], Any], like: Tensor) -> Any:
         """`run()` with the hooks on: what it saves in the shape and dtype of `like` are its layers' inputs."""
         shape, dtype = like.shape, like.dtype
-        self.inputs, self.last, self.in_forward = 0, None, True
+        self.inputs, self.are_inputs, self.in_forward = 0, True, True
+        if self.next is not None:  # of a backward that did not end
+            self._returned(self.next)
+            self.next = None
 
         def pack(tensor: Tensor) -> Tensor | _Saved | _Dropped:
+            tensor = tensor.detach()  # an operation that saved its own result would hold itself
             is_input = tensor.shape == shape and tensor.dtype == dtype
             return self.take(tensor) if is_input and self.inputs < self.num_layers else tensor
 
@@ -88,7 +104,7 @@ class CheckpointOffload:
             with saved_tensors_hooks(pack, unpack):
                 out = run()
         finally:
-            self.in_forward = False
+            self.in_forward, self.last = False, None
             self.calls.clear()
         while self.leaving:
             self._wait_for_oldest()
@@ -98,19 +114,19 @@ class CheckpointOffload:
         """Start the copy to the CPU; keeps the tensor alive until the copy is done."""
         index = self.inputs
         self.inputs += 1
-        if index % 2 and index < 2 * self.dropped:
-            assert self.last is not None
+        self.are_inputs = self.are_inputs and len(self.calls) == index + 1
+        if self.are_inputs and self.last is not None and index % 2 and index < 2 * self.dropped:
             return _Dropped(self.calls[index - 1], self.last)
-        tensor = tensor.detach().contiguous()
-        saved = _Saved(self._host_buffer(tensor), self.last)
-        self.last = saved
+        tensor = tensor.contiguous()
+        host, free = self._host_buffer(tensor)
+        self.last = saved = _Saved(host, free, self.last)
         if not tensor.is_cuda:
-            saved.host.copy_(tensor)
+            host.copy_(tensor)
             return saved
         stream = self._copy_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            saved.host.copy_(tensor, non_blocking=True)
+            host.copy_(tensor, non_blocking=True)
         self.leaving.append((tensor, stream.record_event()))
         if len(self.leaving) > 1:
             self._wait_for_oldest()
@@ -124,17 +140,20 @@ class CheckpointOffload:
                 return saved.layer(self._returned(saved.before))
         self.next = saved.before
         device = self._returned(saved)
-        self.free[device.shape, device.dtype].append(saved.host)
+        saved.release()
         return device
 
     def _note_call(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Remember how this pass calls a layer whose activations are not kept."""
         if not self.in_forward or torch.is_grad_enabled():
             return
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        others, named = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        states = random._get_all_rng_states()
 
         def again(hidden_states: Tensor) -> Tensor:
-            return _first(layer(hidden_states, *args[1:], **rest))
+            with random._fork_rng():
+                random._set_all_rng_states(*states)
+                return _first(layer(hidden_states, *others, **named))
 
         self.calls.append(again)
 
@@ -153,15 +172,16 @@ class CheckpointOffload:
     def _start_return(self, saved: _Saved | None) -> None:
         if saved is None or saved.device is not None:
             return
-        stream = self.stream
-        device = torch.empty_like(saved.host, device="cuda" if stream else "cpu")
+        stream, host = self.stream, saved.host
+        assert host is not None
+        device = torch.empty_like(host, device="cuda" if stream else "cpu")
         saved.device = device
         if stream is None:
-            device.copy_(saved.host)
+            device.copy_(host)
             return
         stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            device.copy_(saved.host, non_blocking=True)
+            device.copy_(host, non_blocking=True)
         saved.done = stream.record_event()
 
     def _wait_for_oldest(self) -> None:
@@ -176,12 +196,12 @@ class CheckpointOffload:
             self.stream = torch.cuda.Stream()
         return self.stream
 
-    def _host_buffer(self, tensor: Tensor) -> Tensor:
-        """Pinned memory, used again in each step: pinning it takes longer than the copy."""
+    def _host_buffer(self, tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pinned memory, and the list it came from and goes back to: pinning it takes longer than the copy."""
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         if free:
-            return free.pop()
-        return (pinned_empty if tensor.is_cuda else torch.empty)(tensor.shape, dtype=tensor.dtype)
+            return free.pop(), free
+        return (pinned_empty if tensor.is_cuda else torch.empty)(tensor.shape, dtype=tensor.dtype), free
 
 
 def _first(output: Any) -> Tensor:
@@ -199,8 +219,8 @@ def use_checkpoint_offload(model: Any, *, num_layers: int, recompute_inputs: int
     again from the layer before, one more forward of that layer each.
     On CPU tensors the copies are plain ones.
 
-    Raises NotImplementedError without full recompute, and for recomputed inputs where layers draw random numbers,
-    compute in fp8 or fp4 or share a checkpoint; ValueError where there are not that many layers.
+    Raises NotImplementedError without full recompute, and for recomputed inputs where layers compute in fp8 or fp4
+    or share a checkpoint; ValueError where there are not that many layers.
     """
     config = model.config
     if config.recompute_granularity != "full":
@@ -242,7 +262,6 @@ def _check_recomputed_inputs(config: Any, num_layers: int, count: int) -> None:
         )
     refusals = (
         (not checkpoints_of_one_layer(config), "needs a checkpoint a layer; use --recompute-num-layers 1"),
-        (config.hidden_dropout, f"a layer is computed again, and --hidden-dropout is {config.hidden_dropout}; use 0"),
         (config.fp8 or getattr(config, "fp4", None), "does not know the scales of fp8 and fp4; leave it out"),
     )
     for refused, why in refusals:

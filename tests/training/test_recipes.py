@@ -97,7 +97,7 @@ def test_a_recipe_is_the_shape_context_and_gpus_of_its_name(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_gives_its_command_and_what_it_was_measured_to_take(path):
-    lines, config = first_lines(path), settings(path)
+    lines = first_lines(path)
     assert "launch/torchrun.sh examples/pretrain_gpt.py" in lines
     assert f"--config examples/configs/{path.name} " in lines
     assert re.search(NUMBERS, lines)
