@@ -88,14 +88,14 @@ class CheckpointOffload:
         """`run()` with the hooks on: what it saves in the shape and dtype of `like` are its layers' inputs."""
         shape, dtype = like.shape, like.dtype
         self.inputs, self.are_inputs, self.in_forward = 0, True, True
-        if self.next is not None:  # of a backward that did not end
+        if self.next is not None and self.next.device is not None:  # of a backward that did not end
             self._returned(self.next)
-            self.next = None
+        self.next = None
 
         def pack(tensor: Tensor) -> Tensor | _Saved | _Dropped:
-            tensor = tensor.detach()  # an operation that saved its own result would hold itself
-            is_input = tensor.shape == shape and tensor.dtype == dtype
-            return self.take(tensor) if is_input and self.inputs < self.num_layers else tensor
+            if tensor.shape == shape and tensor.dtype == dtype and self.inputs < self.num_layers:
+                return self.take(tensor.detach())
+            return tensor if tensor.is_leaf else tensor.detach()  # an operation that saved its result would hold itself
 
         def unpack(saved: Tensor | _Saved | _Dropped) -> Tensor:
             return saved if isinstance(saved, Tensor) else self.bring_back(saved)
