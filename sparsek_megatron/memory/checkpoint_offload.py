@@ -201,7 +201,15 @@ class CheckpointOffload:
         free = self.free.setdefault((tensor.shape, tensor.dtype), [])
         if free:
             return free.pop(), free
-        return (pinned_empty if tensor.is_cuda else torch.empty)(tensor.shape, dtype=tensor.dtype), free
+        if not tensor.is_cuda:
+            return torch.empty(tensor.shape, dtype=tensor.dtype), free
+        try:
+            return pinned_empty(tensor.shape, dtype=tensor.dtype), free
+        except RuntimeError as err:
+            raise RuntimeError(
+                f"--cpu-offloading-num-layers {self.num_layers}: at the input of layer {self.inputs} of these {err}; "
+                f"lower it, or raise --recompute-inputs {self.dropped}"
+            ) from None
 
 
 def _first(output: Any) -> Tensor:

@@ -46,6 +46,9 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     tensor = torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
     runtime: Any = torch.cuda.cudart()
     address = tensor.data_ptr()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+    try:
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+    except RuntimeError as err:
+        raise RuntimeError(f"{size / 2**30:.1f} GiB of host memory could not be pinned: {err}") from None
     pages.unregister = functools.partial(runtime.cudaHostUnregister, address)
     return tensor

@@ -194,6 +194,16 @@ def test_memory_comes_back_from_a_forward_without_backward_and_a_backward_that_f
     assert offload.next is None and free() == 3
 
 
+def test_a_host_without_memory_names_the_flag(monkeypatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("6.0 GiB of host memory could not be pinned: no")
+
+    monkeypatch.setattr("sparsek_megatron.memory.checkpoint_offload.pinned_empty", refuse)
+    on_gpu: Any = SimpleNamespace(shape=(2,), dtype=torch.float32, is_cuda=True)
+    with pytest.raises(RuntimeError, match=r"^--cpu-offloading-num-layers 5.*6\.0 GiB .* raise --recompute-inputs 2$"):
+        CheckpointOffload(5, dropped=2)._host_buffer(on_gpu)
+
+
 def test_the_next_input_returns_when_a_layers_backward_is_through_its_mlp(ordinary, monkeypatch) -> None:
     seen: list[str] = []
     model = use_checkpoint_offload(gpt(**FULL), num_layers=3)
