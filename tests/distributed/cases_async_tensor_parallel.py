@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mcore_harness import (
+    RECOMPUTE,
     batch,
     build_gpt,
     device,
@@ -25,7 +26,6 @@ from sparsek_megatron.memory import use_tiled_mlp
 
 # Every key is attended: rounding cannot change a selection.
 SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
     """(whole weights; losses and whole gradients of unevenly weighted losses)."""
     with parallel(tp=tp):
         changes: dict[str, Any] = {"kv_channels": 64} if torch.cuda.is_available() else {}
-        config = tiny_config(sequence_parallel=tp > 1, add_qkv_bias=qkv_bias, **changes, **(FULL if tiles else {}))
+        config = tiny_config(sequence_parallel=tp > 1, add_qkv_bias=qkv_bias, **changes, **(RECOMPUTE if tiles else {}))
         model = build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK)).to(device())
         if weights is None:
             randomise(model)

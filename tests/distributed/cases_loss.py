@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mcore_harness import (
+    RECOMPUTE,
     batch,
     build_gpt,
     full_gradients,
@@ -25,7 +26,6 @@ from sparsek_megatron.memory import use_checkpoint_offload, use_chunked_loss, us
 # Every key is attended: rounding cannot change a selection, so float32 shows what the loss does and nothing else.
 SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
 
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
     """(whole weights; losses, logits without labels, and whole gradients of unevenly weighted losses)."""
     with parallel(tp=tp):
-        config = tiny_config(sequence_parallel=sequence_parallel, **(FULL if everything else {}))
+        config = tiny_config(sequence_parallel=sequence_parallel, **(RECOMPUTE if everything else {}))
         spec = get_sparsek_layer_spec(config, sparsek=SPARSEK)
         model = build_gpt(config, spec, share_embeddings_and_output_weights=tied)
         if weights is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mcore_harness import RECOMPUTE
 from mesh import SCALE, parity
 from worker import case
 
@@ -20,7 +21,6 @@ MOE = {
     "moe_token_dispatcher_type": "allgather",
     "moe_router_load_balancing_type": "none",
 }
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SP = {"sequence_parallel": True}
 PACKED = [SCALE * n for n in (0, 40, 40, 44, 96)]
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}[os.environ.get("MESH_DTYPE", "float32")]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from mcore_harness import (
+    RECOMPUTE,
     batch,
     build_gpt,
     full_weights,
@@ -161,8 +162,7 @@ def ep2_tp2_sp_experts() -> dict[str, float]:
 
 @case
 def tp2_sp_full_recompute() -> dict[str, float]:
-    changes = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return parity(2, True, changes)
+    return parity(2, True, RECOMPUTE)
 
 
 @case

@@ -19,9 +19,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 
+from sparsek_megatron import SparseKConfig, get_sparsek_layer_spec
 from sparsek_megatron.cpu import enable_cpu
 
 VOCAB = 96
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def start_process_group() -> None:
@@ -135,6 +137,13 @@ def build_gpt(config: TransformerConfig, spec: Any, **changes: Any) -> GPTModel:
     }
     settings.update(changes)
     return GPTModel(config, spec, **settings)
+
+
+def build_small_gpt(**changes: Any) -> GPTModel:
+    """Three layers of `tiny_config` with SparseK attention."""
+    config = tiny_config(**{"num_layers": 3, **changes})
+    sparsek = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
+    return build_gpt(config, get_sparsek_layer_spec(config, sparsek=sparsek))
 
 
 def batch(length: int = 64, size: int = 2, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import gc
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from mcore_harness import (
+    RECOMPUTE,
     batch,
     build_gpt,
+    build_small_gpt,
     full_weights,
     load_full,
     loss_and_gradients,
@@ -21,7 +20,6 @@ from mcore_harness import (
     tiny_config,
 )
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sparsek_megatron import (
     SparseKConfig,
@@ -34,34 +32,28 @@ from sparsek_megatron.memory import (
     use_chunked_loss,
     use_tiled_mlp,
 )
-from sparsek_megatron.memory.checkpoint_offload import CheckpointOffload
 
 SPARSEK = SparseKConfig(topk=32, window=32, stride=4, reference_length=64)
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
-def gpt(**changes: Any) -> Any:
-    config = tiny_config(**{"num_layers": 3, **changes})
-    return build_gpt(config, get_sparsek_layer_spec(config, sparsek=SPARSEK))
 
 
 @pytest.fixture
 def ordinary(megatron: None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(weights, gradients) without recompute or any option, in float64."""
-    model = gpt(params_dtype=torch.float64)
+    model = build_small_gpt(params_dtype=torch.float64)
     randomise(model)
     return full_weights(model), loss_and_gradients(model, batch())[1]
 
 
 @pytest.mark.parametrize(
     ("recompute", "layers", "again", "tile"),
-    [(FULL, 2, 0, None), (FULL, 2, 1, None), (FULL, 3, 1, 24), (FULL | {"recompute_num_layers": 3}, 1, 0, 24),
-     (FULL | {"recompute_method": "block"}, 2, 0, 40),
-     (FULL | {"recompute_method": "block", "recompute_num_layers": 2}, 2, 1, 40), ({}, 0, 0, 24), ({}, 0, 0, 1000)],
+    [(RECOMPUTE, 2, 0, None), (RECOMPUTE, 2, 1, None), (RECOMPUTE, 3, 1, 24),
+     (RECOMPUTE | {"recompute_num_layers": 3}, 1, 0, 24), (RECOMPUTE | {"recompute_method": "block"}, 2, 0, 40),
+     (RECOMPUTE | {"recompute_method": "block", "recompute_num_layers": 2}, 2, 1, 40), ({}, 0, 0, 24),
+     ({}, 0, 0, 1000)],
 )  # fmt: skip
 def test_gradients_are_those_of_the_ordinary_model(ordinary, recompute, layers, again, tile) -> None:
     weights, want = ordinary
-    model = gpt(params_dtype=torch.float64, **recompute)
+    model = build_small_gpt(params_dtype=torch.float64, **recompute)
     load_full(model, weights)
     if layers:
         use_checkpoint_offload(model, num_layers=layers, recompute_inputs=again)
@@ -86,145 +78,8 @@ def test_tiles_of_multi_token_prediction_layers_are_computed_again_in_their_reco
             use_tiled_mlp(model, tile_tokens=tile)
         return loss_and_gradients(model, batch())[1]
 
-    errors = relative_errors(gradients(tile=24, **FULL), gradients())
+    errors = relative_errors(gradients(tile=24, **RECOMPUTE), gradients())
     assert max(errors.values()) < 1e-12, errors
-
-
-def test_offload_takes_the_first_layers_inputs_and_uses_its_buffers_again(ordinary, monkeypatch) -> None:
-    taken, returned, addresses = [], [], []
-    take, bring_back = CheckpointOffload.take, CheckpointOffload.bring_back
-
-    def spy(self: CheckpointOffload, tensor: torch.Tensor) -> Any:
-        taken.append(take(self, tensor))
-        addresses.append(taken[-1].host.data_ptr())
-        return taken[-1]
-
-    monkeypatch.setattr(CheckpointOffload, "take", spy)
-    monkeypatch.setattr(
-        CheckpointOffload, "bring_back", lambda self, s: (returned.append(s), bring_back(self, s))[1]
-    )
-    model = use_checkpoint_offload(gpt(**FULL), num_layers=2)
-    for _ in range(2):
-        loss_and_gradients(model, batch())
-    assert len(taken) == 4
-    assert returned == [taken[1], taken[0], taken[3], taken[2]]
-    assert set(addresses[:2]) == set(addresses[2:]) and len(set(addresses)) == 2
-
-
-def test_every_second_of_the_first_inputs_is_computed_again_and_not_kept(ordinary, monkeypatch) -> None:
-    def gradients(**options: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(3)
-        model = gpt(num_layers=6, **FULL)
-        randomise(model)
-        if options:
-            use_checkpoint_offload(model, **options)
-        return loss_and_gradients(model, batch())[1]
-
-    want = gradients()
-    taken, calls = [], []
-    take, call = CheckpointOffload.take, TransformerLayer.forward
-    monkeypatch.setattr(CheckpointOffload, "take", lambda self, x: (taken.append(take(self, x)), taken[-1])[1])
-    monkeypatch.setattr(
-        TransformerLayer,
-        "forward",
-        lambda self, *args, **kwargs: (calls.append(self.layer_number), call(self, *args, **kwargs))[1],
-    )
-    got = gradients(num_layers=5, recompute_inputs=2)
-    assert all(torch.equal(got[name], x) for name, x in want.items())
-    assert [type(x).__name__ for x in taken] == ["_Saved", "_Dropped", "_Saved", "_Dropped", "_Saved"]
-    assert calls[:6] == [1, 2, 3, 4, 5, 6]
-    assert calls[6:] == [6, 5, 3, 4, 3, 1, 2, 1]  # the input of 4 by 3, that of 2 by 1
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"hidden_dropout": 0.1}, {"num_moe_experts": 4, "moe_input_jitter_eps": 0.05}],
-    ids=["dropout", "jitter"],
-)
-def test_a_layer_that_draws_random_numbers_draws_the_same_again(megatron: None, changes: dict[str, Any]) -> None:
-    def gradients(**options: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        torch.manual_seed(3)
-        model = gpt(num_layers=4, **FULL, **changes)
-        randomise(model)
-        use_checkpoint_offload(model, num_layers=4, **options)
-        torch.manual_seed(4)
-        return loss_and_gradients(model, batch())[1], torch.get_rng_state()
-
-    (want, state), (got, after) = gradients(), gradients(recompute_inputs=2)
-    assert all(torch.equal(got[name], x) for name, x in want.items()) and torch.equal(state, after)
-
-
-def test_what_is_no_checkpointed_layers_input_is_kept(megatron: None) -> None:
-    """With a frozen embedding the first layers save nothing; in eval mode none is checkpointed."""
-
-    def gradients(*, frozen: bool, **options: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(3)
-        block = FULL | {"recompute_method": "block", "recompute_num_layers": 4}
-        model = gpt(num_layers=6, **(block if frozen else FULL)).train(frozen)
-        randomise(model)
-        model.embedding.word_embeddings.weight.requires_grad_(not frozen)
-        use_checkpoint_offload(model, num_layers=6 if frozen else 4, **options)
-        tokens, positions, labels = batch()
-        model(tokens, positions, None, labels=labels).mean().backward()
-        return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-
-    for frozen in (True, False):
-        want, got = gradients(frozen=frozen), gradients(frozen=frozen, recompute_inputs=2)
-        assert want.keys() == got.keys() and all(torch.equal(got[name], x) for name, x in want.items())
-
-
-def test_memory_comes_back_from_a_forward_without_backward_and_a_backward_that_failed(megatron: None) -> None:
-    model = use_checkpoint_offload(gpt(num_layers=4, **FULL), num_layers=3)
-    (offload,) = {hook.__self__ for hook in model.decoder.layers[0].self_attention._forward_hooks.values()}
-    tokens, positions, labels = batch()
-
-    def free() -> int:
-        return sum(len(buffers) for buffers in offload.free.values())
-
-    model(tokens, positions, None, labels=labels)
-    gc.collect()
-    assert free() == 3
-    mlp = model.decoder.layers[1].mlp
-    handle = mlp.register_forward_pre_hook(lambda *_: 1 / 0 if torch.is_grad_enabled() else None)
-    with pytest.raises(ZeroDivisionError):
-        model(tokens, positions, None, labels=labels).mean().backward()
-    handle.remove()
-    loss_and_gradients(model, batch())
-    gc.collect()
-    assert offload.next is None and free() == 3
-
-
-def test_a_host_without_memory_names_the_flag(monkeypatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("6.0 GiB of host memory could not be pinned: no")
-
-    monkeypatch.setattr("sparsek_megatron.memory.checkpoint_offload.pinned_empty", refuse)
-    on_gpu: Any = SimpleNamespace(shape=(2,), dtype=torch.float32, is_cuda=True)
-    with pytest.raises(RuntimeError, match=r"^--cpu-offloading-num-layers 5.*6\.0 GiB .* raise --recompute-inputs 2$"):
-        CheckpointOffload(5, dropped=2)._host_buffer(on_gpu)
-
-
-def test_the_next_input_returns_when_a_layers_backward_is_through_its_mlp(ordinary, monkeypatch) -> None:
-    seen: list[str] = []
-    model = use_checkpoint_offload(gpt(**FULL), num_layers=3)
-    for number, layer in enumerate(model.decoder.layers):
-
-        def through(_module: Any, inputs: Any, number: int = number) -> None:
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda _: seen.append(f"MLP {number} done"))
-
-        layer.mlp.register_forward_pre_hook(through)
-    copied, bring_back = torch.empty_like, CheckpointOffload.bring_back
-    monkeypatch.setattr(
-        CheckpointOffload, "bring_back", lambda self, x: (seen.append("asked for"), bring_back(self, x))[1]
-    )
-    monkeypatch.setattr(
-        "sparsek_megatron.memory.checkpoint_offload.torch.empty_like",
-        lambda x, **kwargs: (kwargs == {"device": "cpu"} and seen.append("fetched"), copied(x, **kwargs))[1],
-    )
-    loss_and_gradients(model, batch())
-    first, following = ["asked for", "fetched", "MLP 2 done"], ["fetched", "asked for"]
-    assert seen == [*first, *following, "MLP 1 done", *following, "MLP 0 done"]
 
 
 def test_a_recomputed_layers_output_takes_no_memory(ordinary, monkeypatch) -> None:
@@ -237,21 +92,12 @@ def test_a_recomputed_layers_output_takes_no_memory(ordinary, monkeypatch) -> No
         backward(outputs, *args, **kwargs)
 
     monkeypatch.setattr("megatron.core.tensor_parallel.random.torch.autograd.backward", spy)
-    model = gpt(**FULL)
+    model = build_small_gpt(**RECOMPUTE)
     loss_and_gradients(model, batch())
     assert sizes == 3 * [batch()[0].numel() * model.config.hidden_size]
     sizes.clear()
     loss_and_gradients(use_tiled_mlp(model, tile_tokens=24), batch())
     assert sizes == 3 * [1]
-
-
-def test_a_hidden_state_of_any_layout_returns_whole() -> None:
-    offload = CheckpointOffload(1)
-    hidden = torch.randn(5, 3, 2, dtype=torch.float64).transpose(0, 1)
-    saved = offload.take(hidden)
-    want = hidden.clone()
-    hidden.zero_()
-    assert torch.equal(offload.bring_back(saved), want)
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute_granularity": "selective"}, {"qk_layernorm": True}])
@@ -285,13 +131,13 @@ def test_tiles_bound_what_the_mlp_sees_and_recompute_runs_each_once_more(ordinar
     monkeypatch.setattr(
         MLP, "forward", lambda self, x, *a, **k: (seen.append(x.shape[0]), whole(self, x, *a, **k))[1]
     )
-    model = use_tiled_mlp(gpt(**FULL), tile_tokens=32)
+    model = use_tiled_mlp(build_small_gpt(**RECOMPUTE), tile_tokens=32)
     loss_and_gradients(model, batch())
     assert seen == 3 * 2 * [16, 16, 16, 16]
 
 
 def test_an_unweighted_parameter_gets_no_gradient(ordinary) -> None:
-    model = use_tiled_mlp(gpt(), tile_tokens=32)
+    model = use_tiled_mlp(build_small_gpt(), tile_tokens=32)
     frozen = model.decoder.layers[1].mlp.linear_fc1.weight
     frozen.requires_grad_(False)
     tokens, positions, labels = batch()
@@ -302,70 +148,20 @@ def test_an_unweighted_parameter_gets_no_gradient(ordinary) -> None:
 
 def test_refusals_name_the_flag(megatron: None) -> None:
     with pytest.raises(NotImplementedError, match="--recompute-granularity full"):
-        use_checkpoint_offload(gpt(), num_layers=1)
+        use_checkpoint_offload(build_small_gpt(), num_layers=1)
     with pytest.raises(ValueError, match="--cpu-offloading-num-layers 4: must be between 0 and the 3 layers"):
-        use_checkpoint_offload(gpt(**FULL), num_layers=4)
+        use_checkpoint_offload(build_small_gpt(**RECOMPUTE), num_layers=4)
     with pytest.raises(ValueError, match="--recompute-inputs 2: must be between 0 and 1, half of the layers"):
-        use_checkpoint_offload(gpt(**FULL), num_layers=3, recompute_inputs=2)
+        use_checkpoint_offload(build_small_gpt(**RECOMPUTE), num_layers=3, recompute_inputs=2)
     with pytest.raises(NotImplementedError, match=r"--recompute-inputs 1: .*--recompute-num-layers 1"):
-        use_checkpoint_offload(gpt(**FULL | {"recompute_num_layers": 3}), num_layers=2, recompute_inputs=1)
+        model = build_small_gpt(**RECOMPUTE | {"recompute_num_layers": 3})
+        use_checkpoint_offload(model, num_layers=2, recompute_inputs=1)
     with pytest.raises(ValueError, match="--mlp-tile-tokens 0"):
-        use_tiled_mlp(gpt(), tile_tokens=0)
-    model = gpt()
+        use_tiled_mlp(build_small_gpt(), tile_tokens=0)
+    model = build_small_gpt()
     model.config.gradient_accumulation_fusion = True
     with pytest.raises(NotImplementedError, match="--no-gradient-accumulation-fusion"):
         use_tiled_mlp(model, tile_tokens=8)
     model.config.mtp_num_layers = 1
     with pytest.raises(NotImplementedError, match="--mtp-num-layers 1"):
         use_chunked_loss(model)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("again", [0, 3])
-def test_offload_on_a_gpu_is_bitwise_and_frees_memory(again: int) -> None:
-    """Hidden states of 8 MiB pass through pinned memory while a stand-in for layers computes."""
-
-    class Decoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList(
-                torch.nn.Sequential(
-                    torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16), torch.nn.Tanh()
-                )
-                for _ in range(8)
-            )
-
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            for layer in self.layers:
-                hidden_states = torch.utils.checkpoint.checkpoint(
-                    lambda x, f=layer: f(x), hidden_states, use_reentrant=True
-                )
-            return hidden_states
-
-    torch.manual_seed(0)
-    model: Any = torch.nn.Module()
-    model.decoder = Decoder()
-    model.config = tiny_config_without_groups()
-    x = torch.randn(4096, 1, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def step() -> tuple[list[torch.Tensor], int]:
-        model.zero_grad()
-        x.grad = None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        out = model.decoder(x)
-        held = torch.cuda.memory_allocated() - before
-        out.float().square().sum().backward()
-        return [x.grad.clone(), *(p.grad.clone() for p in model.parameters())], held  # pyright: ignore
-
-    want, all_held = step()
-    use_checkpoint_offload(model, num_layers=6, recompute_inputs=again)
-    for _ in range(3):
-        got, held = step()
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert held <= all_held - 5 * x.numel() * 2
-
-
-def tiny_config_without_groups() -> Any:
-    """What `use_checkpoint_offload` reads of a configuration."""
-    return SimpleNamespace(num_layers=8, fp8=None, **FULL)
