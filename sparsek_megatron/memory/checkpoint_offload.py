@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparsek_megatron.memory.pinned import pinned_empty
-from sparsek_megatron.memory.recomputation import checkpoints_of_one_layer
+from sparsek_megatron.recompute import check_recomputed_inputs
 
 
 @dataclass(eq=False)
@@ -241,8 +241,11 @@ def use_checkpoint_offload(model: Any, *, num_layers: int, recompute_inputs: int
         raise ValueError(
             f"--cpu-offloading-num-layers {num_layers}: must be between 0 and the {here} layers here"
         )
-    if recompute_inputs:
-        _check_recomputed_inputs(config, num_layers, recompute_inputs)
+    check_recomputed_inputs(config, count=recompute_inputs, num_layers=num_layers)
+    if recompute_inputs and (config.fp8 or getattr(config, "fp4", None)):
+        raise NotImplementedError(
+            f"--recompute-inputs {recompute_inputs}: does not know the scales of fp8 and fp4; leave it out"
+        )
     if num_layers:
         offload, run = CheckpointOffload(num_layers, dropped=recompute_inputs), model.decoder.forward
         for layer in model.decoder.layers:
@@ -257,21 +260,3 @@ def use_checkpoint_offload(model: Any, *, num_layers: int, recompute_inputs: int
 
         model.decoder.forward = forward
     return model
-
-
-def _check_recomputed_inputs(config: Any, num_layers: int, count: int) -> None:
-    flag = f"--recompute-inputs {count}"
-    saved = config.recompute_num_layers if config.recompute_method == "block" else num_layers
-    most = min(num_layers, saved) // 2
-    if not 0 <= count <= most:
-        raise ValueError(
-            f"{flag}: must be between 0 and {most}, half of the layers that --cpu-offloading-num-layers {num_layers} "
-            "offloads"
-        )
-    refusals = (
-        (not checkpoints_of_one_layer(config), "needs a checkpoint a layer; use --recompute-num-layers 1"),
-        (config.fp8 or getattr(config, "fp4", None), "does not know the scales of fp8 and fp4; leave it out"),
-    )
-    for refused, why in refusals:
-        if refused:
-            raise NotImplementedError(f"{flag}: {why}")

@@ -14,12 +14,6 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
 
 
-def checkpoints_of_one_layer(config: Any) -> bool:
-    """Whether each recomputation is that of one layer: in one of several, the next layer reads the output."""
-    full = config.recompute_granularity == "full"
-    return full and (config.recompute_method == "block" or config.recompute_num_layers == 1)
-
-
 def recomputing() -> bool:
     """Whether backward computes a checkpoint's forward again."""
     return is_checkpointing() and torch.is_grad_enabled()

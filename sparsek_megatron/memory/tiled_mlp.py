@@ -24,11 +24,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
-from sparsek_megatron.memory.recomputation import (
-    checkpoints_of_one_layer,
-    drop_recomputed_output,
-    recomputing,
-)
+from sparsek_megatron.memory.recomputation import drop_recomputed_output, recomputing
+from sparsek_megatron.recompute import checkpoints_of_one_layer
 
 
 class _Tiled(torch.autograd.Function):

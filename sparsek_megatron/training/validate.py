@@ -7,8 +7,9 @@ from pathlib import Path
 from sparsek_megatron.config import SparseKConfig
 from sparsek_megatron.data.paths import DataPaths, check_data
 from sparsek_megatron.data.tokenizer import SentencePieceTokenizer
-from sparsek_megatron.errors import UserError
+from sparsek_megatron.errors import UserError, refusals_for_the_user
 from sparsek_megatron.files import require_writable_folder
+from sparsek_megatron.recompute import check_recomputed_inputs
 from sparsek_megatron.training.arguments import TrainingConfig, flag_of
 from sparsek_megatron.training.ds_config import build_ds_config
 from sparsek_megatron.training.run_folder import check_resume
@@ -71,25 +72,6 @@ def data_paths(config: TrainingConfig) -> DataPaths:
     return DataPaths(config.data_path, config.split, config.train_data_path, valid)
 
 
-def check_recomputed_inputs(config: TrainingConfig) -> None:
-    """Inputs computed again from the layer before, of the offloaded layers."""
-    count, offloaded = config.recompute_inputs, config.cpu_offloading_num_layers
-    if not count:
-        return
-    block = config.recompute_method == "block"
-    if not block and config.recompute_num_layers > 1:
-        raise UserError(
-            f"--recompute-inputs {count}: needs a checkpoint a layer, and --recompute-num-layers is "
-            f"{config.recompute_num_layers}; use 1"
-        )
-    most = (min(offloaded, config.recompute_num_layers) if block else offloaded) // 2
-    if not 0 <= count <= most:
-        raise UserError(
-            f"--recompute-inputs {count}: must be between 0 and {most}, half of the layers that "
-            f"--cpu-offloading-num-layers {offloaded} offloads"
-        )
-
-
 def check_ranges(config: TrainingConfig) -> None:
     """Single values."""
     for rule, holds, names in _RANGES:
@@ -119,7 +101,8 @@ def check_ranges(config: TrainingConfig) -> None:
             f"--cpu-offloading-num-layers {offloaded}: keeps the checkpoints of full recompute; add "
             "--recompute-granularity full"
         )
-    check_recomputed_inputs(config)
+    with refusals_for_the_user():
+        check_recomputed_inputs(config, count=config.recompute_inputs, num_layers=offloaded)
     heads, groups = config.num_attention_heads, config.query_groups
     if heads % groups:
         raise UserError(

@@ -153,7 +153,7 @@ def test_refusals_name_the_flag(megatron: None) -> None:
         use_checkpoint_offload(build_small_gpt(**RECOMPUTE), num_layers=4)
     with pytest.raises(ValueError, match="--recompute-inputs 2: must be between 0 and 1, half of the layers"):
         use_checkpoint_offload(build_small_gpt(**RECOMPUTE), num_layers=3, recompute_inputs=2)
-    with pytest.raises(NotImplementedError, match=r"--recompute-inputs 1: .*--recompute-num-layers 1"):
+    with pytest.raises(NotImplementedError, match=r"--recompute-inputs 1: .*--recompute-num-layers is 3; use 1"):
         model = build_small_gpt(**RECOMPUTE | {"recompute_num_layers": 3})
         use_checkpoint_offload(model, num_layers=2, recompute_inputs=1)
     with pytest.raises(ValueError, match="--mlp-tile-tokens 0"):

@@ -32,7 +32,7 @@ CONFIG = TrainingConfig(
         (
             {"cpu_offloading_num_layers": 2, "recompute_granularity": "full", "recompute_inputs": 1}
             | {"recompute_method": "block", "recompute_num_layers": 1},
-            "--recompute-inputs 1: must be between 0 and 0",
+            "--recompute-inputs 1: must be between 0 and 0, .* and --recompute-num-layers 1 recomputes",
         ),
         (
             {"cpu_offloading_num_layers": 2, "recompute_granularity": "full", "recompute_inputs": 1}
